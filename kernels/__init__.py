@@ -1,0 +1,1 @@
+"""One operation per file, with a plain-torch reference that defines it."""

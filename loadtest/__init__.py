@@ -1,0 +1,1 @@
+"""Measure any OpenAI endpoint from outside. Imports none of the other packages."""

@@ -1,0 +1,1 @@
+"""The core: pure decisions. Events in, instructions out."""

@@ -1,0 +1,268 @@
+"""The words that processes exchange, one section per link. No logic.
+
+Every struct is tagged by its class name on the wire (MessagePack maps). A receiver ignores fields
+that it does not know, so a field may be added with a default; anything else raises `VERSION`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from scheduler.request import Job, TokenIds
+
+VERSION = 1
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Wire(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of everything that is framed."""
+
+
+# ── handshake: either side of any link ──────────────────────────────────────────────────────────
+
+
+class Challenge(Wire):
+    """The listener speaks first."""
+
+    version: int
+    nonce: bytes
+
+
+class Answer(Wire):
+    """The dialler proves that it knows the cluster secret, and asks for the same proof."""
+
+    version: int
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(Wire):
+    """The listener's own proof: from here on both sides trust each other."""
+
+    proof: bytes
+
+
+class Refused(Wire):
+    """Said instead of the expected word; the connection then closes."""
+
+    reason: str
+
+
+# ── worker → router ─────────────────────────────────────────────────────────────────────────────
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a worker listens for other workers' KV caches."""
+
+    host: str
+    port: int
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """What a worker measured of itself before it joined."""
+
+    prefill_tokens_per_s: float
+    decode_s_per_token: float  # one sequence alone
+
+
+class Join(Wire):
+    """A worker introduces itself."""
+
+    name: str  # unique within the cluster; a worker that comes back keeps it
+    model: str
+    role: Role
+    address: Address
+    fingerprint: str  # hash of tokenizer, template and model shape: equal within a model
+    context_length: int
+    kv_blocks: int
+    rates: Rates
+    pid: int
+
+
+class Load(Wire):
+    """Heartbeat: what the worker holds now, and counters since it started."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    steps: int
+    tokens: int
+    cancelled: int
+    cancel_steps_max: int  # most steps that ran between a cancel's arrival and its blocks being free
+    preempted: int
+    kv_bytes_sent: int
+    kv_bytes_received: int
+
+
+class Accepted(Wire):
+    """The worker tokenised the prompt and will serve it."""
+
+    id: str
+    epoch: int
+    prompt_ids: TokenIds
+
+
+class Alternative(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    bytes: bytes
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: str
+    bytes: bytes
+    logprob: float
+    top: tuple[Alternative, ...]
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step gave one choice: ids[0] is the choice's token number `position`."""
+
+    id: str
+    epoch: int
+    choice: int
+    position: int
+    ids: TokenIds
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+
+
+class Outputs(Wire):
+    """All that one step gave."""
+
+    items: tuple[Output, ...]
+
+
+class HandedOver(Wire):
+    """The decode worker has the KV cache and continues; this worker holds nothing any more."""
+
+    id: str
+    epoch: int
+
+
+class FailureKind(enum.StrEnum):
+    BAD_REQUEST = "bad_request"
+    HANDOFF = "handoff"  # replay elsewhere
+    INTERNAL = "internal"  # replay elsewhere
+
+
+class Failed(Wire):
+    """The worker holds nothing of this job any more and will say no more about it."""
+
+    id: str
+    epoch: int
+    kind: FailureKind
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Leaving(Wire):
+    """The worker drains: send it nothing new."""
+
+
+# ── router → worker ─────────────────────────────────────────────────────────────────────────────
+
+
+class Joined(Wire):
+    """The router takes the worker in."""
+
+    heartbeat_s: float
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """The decode worker that a prefill worker hands over to."""
+
+    name: str
+    address: Address
+
+
+class Submit(Wire):
+    """Serve this job; with `handoff`, only its first token here and the rest there."""
+
+    job: Job
+    handoff: Peer | None = None
+
+
+class Cancel(Wire):
+    """Free all that the job holds. Idempotent; an unknown id is no error."""
+
+    id: str
+    epoch: int
+
+
+# ── prefill worker → decode worker ──────────────────────────────────────────────────────────────
+
+
+class Reserve(Wire):
+    """Hold blocks for this job (its prompt as ids). The answer may wait until blocks are free.
+
+    The lease ends with the connection, or `lease_s` seconds after the answer if no Commit came.
+    """
+
+    job: Job
+    prefill: str  # name of the worker that asks
+    fingerprint: str
+    lease_s: float
+
+
+class Reserved(Wire):
+    id: str
+    epoch: int
+
+
+class KvBlocks(Wire):
+    """Announces a payload: KV of `tokens` tokens of `layers` layers, [layers, 2, tokens, K, E]."""
+
+    id: str
+    epoch: int
+    first_layer: int
+    layers: int
+    tokens: int
+    kv_heads: int
+    head_dim: int
+    dtype: str  # numpy's name: float32, float16
+    codec: str  # "raw"
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """What the prefill worker already gave one choice."""
+
+    choice: int
+    token: int
+    sent: int  # characters already sent to the client
+
+
+class Commit(Wire):
+    """All KV is there: continue these choices."""
+
+    id: str
+    epoch: int
+    firsts: tuple[FirstToken, ...]
+
+
+class Committed(Wire):
+    id: str
+    epoch: int
+
+
+Handshake: TypeAlias = Challenge | Answer | Welcome | Refused
+FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed | Leaving
+FromRouter: TypeAlias = Joined | Submit | Cancel | Refused
+ToDecode: TypeAlias = Reserve | KvBlocks | Commit
+FromDecode: TypeAlias = Reserved | Committed | Refused
+Anything: TypeAlias = Handshake | FromWorker | FromRouter | ToDecode | FromDecode

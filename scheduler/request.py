@@ -1,0 +1,78 @@
+"""What is asked of the system: one prompt, how to sample from it, and when to stop.
+
+These structs are the part of a request that every process needs. They travel inside messages, so
+they hold plain values only and never change once made.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+TokenIds = list[int]
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One chat message, its content flattened to text."""
+
+    role: str
+    content: str
+    name: str | None = None
+
+
+class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A prompt as the client sent it; exactly one field is set.
+
+    Once a worker has tokenised it, the ledger replaces it by `ids`, so that a replay never renders
+    a template again.
+    """
+
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None
+    ids: TokenIds | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `min_p` 0 are off.
+
+    Noise is a function of (seed, prompt index, choice index, position) alone, so a draw does not
+    depend on batch mates, on the worker, or on a replay.
+    """
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # how many alternatives to report beside each token; None: none
+
+
+class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When a choice ends. `max_tokens` None means as far as the context allows."""
+
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Job(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One prompt and its choices, as sent to a worker: all that is needed to start or take over.
+
+    A replay carries one choice with the ids it has already `emitted` and the number of characters
+    of text already `sent` to the client; a fresh job carries none and may have several choices.
+    """
+
+    id: str
+    epoch: int  # grows with each attempt; a worker's words about an older epoch are ignored
+    model: str
+    prompt: Prompt
+    sampling: Sampling
+    limits: Limits
+    created: float  # Unix seconds of the request's arrival: the clock that templates read
+    prompt_index: int = 0
+    choices: tuple[int, ...] = (0,)
+    emitted: TokenIds = []
+    sent: int = 0

@@ -1,0 +1,1 @@
+"""Deployers: each makes the running set of workers equal to the plan."""
