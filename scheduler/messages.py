@@ -117,13 +117,13 @@ class Accepted(Wire):
 
 class Alternative(msgspec.Struct, frozen=True, array_like=True):
     token: str
-    bytes: bytes
+    raw: bytes  # the token itself: text may be only a part of a character
     logprob: float
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token: str
-    bytes: bytes
+    raw: bytes  # the token itself: text may be only a part of a character
     logprob: float
     top: tuple[Alternative, ...]
 
