@@ -34,14 +34,14 @@ class Wire(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 # ── handshake: either side of any link ──────────────────────────────────────────────────────────
 
 
-class Challenge(Wire):
+class Challenge(Wire, frozen=True):
     """The listener speaks first."""
 
     version: int
     nonce: bytes
 
 
-class Answer(Wire):
+class Answer(Wire, frozen=True):
     """The dialler proves that it knows the cluster secret, and asks for the same proof."""
 
     version: int
@@ -49,13 +49,13 @@ class Answer(Wire):
     proof: bytes
 
 
-class Welcome(Wire):
+class Welcome(Wire, frozen=True):
     """The listener's own proof: from here on both sides trust each other."""
 
     proof: bytes
 
 
-class Refused(Wire):
+class Refused(Wire, frozen=True):
     """Said instead of the expected word; the connection then closes."""
 
     reason: str
@@ -78,7 +78,7 @@ class Rates(msgspec.Struct, frozen=True):
     decode_s_per_token: float  # one sequence alone
 
 
-class Join(Wire):
+class Join(Wire, frozen=True):
     """A worker introduces itself."""
 
     name: str  # unique within the cluster; a worker that comes back keeps it
@@ -92,7 +92,7 @@ class Join(Wire):
     pid: int
 
 
-class Load(Wire):
+class Load(Wire, frozen=True):
     """Heartbeat: what the worker holds now, and counters since it started."""
 
     running: int
@@ -101,13 +101,15 @@ class Load(Wire):
     steps: int
     tokens: int
     cancelled: int
-    cancel_steps_max: int  # most steps that ran between a cancel's arrival and its blocks being free
+    cancel_steps_max: (
+        int  # most steps that ran between a cancel's arrival and its blocks being free
+    )
     preempted: int
     kv_bytes_sent: int
     kv_bytes_received: int
 
 
-class Accepted(Wire):
+class Accepted(Wire, frozen=True):
     """The worker tokenised the prompt and will serve it."""
 
     id: str
@@ -141,13 +143,13 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     finish: FinishReason | None = None
 
 
-class Outputs(Wire):
+class Outputs(Wire, frozen=True):
     """All that one step gave."""
 
     items: tuple[Output, ...]
 
 
-class HandedOver(Wire):
+class HandedOver(Wire, frozen=True):
     """The decode worker has the KV cache and continues; this worker holds nothing any more."""
 
     id: str
@@ -160,7 +162,7 @@ class FailureKind(enum.StrEnum):
     INTERNAL = "internal"  # replay elsewhere
 
 
-class Failed(Wire):
+class Failed(Wire, frozen=True):
     """The worker holds nothing of this job any more and will say no more about it."""
 
     id: str
@@ -171,14 +173,14 @@ class Failed(Wire):
     code: str | None = None
 
 
-class Leaving(Wire):
+class Leaving(Wire, frozen=True):
     """The worker drains: send it nothing new."""
 
 
 # ── router → worker ─────────────────────────────────────────────────────────────────────────────
 
 
-class Joined(Wire):
+class Joined(Wire, frozen=True):
     """The router takes the worker in."""
 
     heartbeat_s: float
@@ -191,14 +193,14 @@ class Peer(msgspec.Struct, frozen=True):
     address: Address
 
 
-class Submit(Wire):
+class Submit(Wire, frozen=True):
     """Serve this job; with `handoff`, only its first token here and the rest there."""
 
     job: Job
     handoff: Peer | None = None
 
 
-class Cancel(Wire):
+class Cancel(Wire, frozen=True):
     """Free all that the job holds. Idempotent; an unknown id is no error."""
 
     id: str
@@ -208,7 +210,7 @@ class Cancel(Wire):
 # ── prefill worker → decode worker ──────────────────────────────────────────────────────────────
 
 
-class Reserve(Wire):
+class Reserve(Wire, frozen=True):
     """Hold blocks for this job (its prompt as ids). The answer may wait until blocks are free.
 
     The lease ends with the connection, or `lease_s` seconds after the answer if no Commit came.
@@ -220,12 +222,12 @@ class Reserve(Wire):
     lease_s: float
 
 
-class Reserved(Wire):
+class Reserved(Wire, frozen=True):
     id: str
     epoch: int
 
 
-class KvBlocks(Wire):
+class KvBlocks(Wire, frozen=True):
     """Announces a payload: KV of `tokens` tokens of `layers` layers, [layers, 2, tokens, K, E]."""
 
     id: str
@@ -247,7 +249,7 @@ class FirstToken(msgspec.Struct, frozen=True):
     sent: int  # characters already sent to the client
 
 
-class Commit(Wire):
+class Commit(Wire, frozen=True):
     """All KV is there: continue these choices."""
 
     id: str
@@ -255,7 +257,7 @@ class Commit(Wire):
     firsts: tuple[FirstToken, ...]
 
 
-class Committed(Wire):
+class Committed(Wire, frozen=True):
     id: str
     epoch: int
 

@@ -1,0 +1,214 @@
+"""What runs in the next step: continuous batching with chunked prefill, one token budget a step.
+
+A sequence is in exactly one place:
+
+    waiting ──admit──► running ──finish──► gone          (blocks: none · all computed · none)
+       │  ▲               │ │
+       │  └───preempt─────┘ └──hold──► staged ──► gone    prefill worker: KV waits for its push
+       └──admit (awaits_kv)──► staged ──resume──► running decode worker: blocks wait for their KV
+
+Decodes go first, so a long prompt never starves them; what is left of the budget goes to prompts,
+oldest first, in chunks. When blocks run out the youngest running sequence is preempted: it frees
+its blocks and computes them anew later, which changes no token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from scheduler.blocks import BlockPool, blocks_for
+from scheduler.models import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from scheduler.request import Job, TokenIds
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One choice of one job: its tokens, and how many of them have their KV in the cache."""
+
+    job: Job
+    choice: int
+    tokens: TokenIds  # prompt, then what was emitted
+    prompt_len: int
+    max_tokens: int
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    forks: tuple[int, ...] = ()  # further choices that start from this prompt's KV
+    hold: bool = False  # after the first token, keep the KV for a push
+    awaits_kv: bool = False  # admitted only to hold blocks, until `resume`
+
+    @property
+    def position(self) -> int:
+        """Index of the next token among the emitted ones: what sampling noise depends on."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Tokens [start, end) of a sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The choices that draw a token after this slice: none while the prompt is unfinished."""
+        if self.end < len(self.sequence.tokens):
+            return ()
+        return (self.sequence.choice, *self.sequence.forks)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's work, and the reservations that were granted while planning it."""
+
+    slices: tuple[Slice, ...]
+    granted: tuple[Sequence, ...]
+
+
+class Batcher:
+    """Chooses each step's slices. Pure: it is told of every event and asks no clock."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_step_tokens: int = 512, max_sequences: int = 64
+    ) -> None:
+        self.pool = pool
+        self.max_step_tokens = max_step_tokens
+        self.max_sequences = max_sequences
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.staged: list[Sequence] = []
+        self.preempted = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence wherever it is, and free its blocks. Idempotent."""
+        for place in (self.waiting, self.running, self.staged):
+            if sequence in place:
+                place.remove(sequence)
+        self._free(sequence)
+
+    def stage(self, sequence: Sequence) -> None:
+        """Keep a running sequence's KV, but compute no more of it."""
+        self.running.remove(sequence)
+        self.staged.append(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Its KV has arrived: the sequence decodes from the next step on."""
+        self.staged.remove(sequence)
+        self.running.append(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
+        """Start `child` from the parent's prompt KV; gives the (from, to) blocks to copy.
+
+        Whole prompt blocks are shared. The last, partly filled one is copied, since the two will
+        write different tokens into it. Without a free block the child waits and recomputes.
+        """
+        whole, partial = divmod(child.prompt_len, BLOCK_TOKENS)
+        if self.pool.free < bool(partial) or parent.computed < child.prompt_len:
+            self.add(child)
+            return []
+        shared = parent.blocks[:whole]
+        own = self.pool.allocate(1) if partial else []
+        self.pool.share(shared)
+        child.blocks = shared + own
+        child.computed = child.prompt_len
+        self.running.append(child)
+        return [(parent.blocks[whole], own[0])] if partial else []
+
+    def next_step(self) -> Step:
+        """Plan one step. Sequences it names have blocks for every token it lists."""
+        decodes = self._decodes()
+        budget = self.max_step_tokens - len(decodes)
+        prefills: list[Slice] = []
+        for sequence in self.running:
+            if sequence.remaining > 1 and budget > 0:
+                budget -= self._chunk(sequence, budget, prefills)
+        granted = self._admit(budget, prefills)
+        return Step((*decodes, *prefills), tuple(granted))
+
+    def advance(self, step: Step) -> None:
+        """The step has run: its slices' KV is in the cache."""
+        for piece in step.slices:
+            piece.sequence.computed = piece.end
+
+    def check_integrity(self) -> None:
+        """No block is lost: what is not free belongs to a sequence that we know."""
+        self.pool.check_integrity()
+        held = {b for place in (self.running, self.staged) for s in place for b in s.blocks}
+        assert len(held) + self.pool.free == self.pool.size, "a block belongs to nobody"
+        assert all(not s.blocks for s in self.waiting), "a waiting sequence holds blocks"
+
+    def _decodes(self) -> list[Slice]:
+        """One slice for each running sequence that has one token to compute."""
+        slices: list[Slice] = []
+        for sequence in list(self.running):
+            if sequence.remaining != 1 or sequence not in self.running:
+                continue  # still a prompt, or preempted just now for an older one
+            if len(slices) == self.max_step_tokens:
+                break
+            if self._grow(sequence):
+                slices.append(Slice(sequence, sequence.computed, len(sequence.tokens)))
+        return slices
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give the sequence a block for its newest token; False if it was itself preempted."""
+        needed = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        while needed > self.pool.free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free(sequence)
+        self.waiting.appendleft(sequence)
+        self.preempted += 1
+
+    def _admit(self, budget: int, prefills: list[Slice]) -> list[Sequence]:
+        """Move waiting sequences, in order, to where they can go on; gives those staged."""
+        granted: list[Sequence] = []
+        while self.waiting and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            needed = blocks_for(len(sequence.tokens))
+            if needed > self.pool.free or (budget <= 0 and not sequence.awaits_kv):
+                break
+            self.waiting.popleft()
+            sequence.blocks = self.pool.allocate(needed)
+            if sequence.awaits_kv:
+                self.staged.append(sequence)
+                granted.append(sequence)
+            else:
+                self.running.append(sequence)
+                budget -= self._chunk(sequence, budget, prefills)
+        return granted
+
+    @staticmethod
+    def _chunk(sequence: Sequence, budget: int, prefills: list[Slice]) -> int:
+        """Add the sequence's next piece of at most `budget` tokens; gives its length."""
+        length = min(sequence.remaining, budget)
+        prefills.append(Slice(sequence, sequence.computed, sequence.computed + length))
+        return length
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
