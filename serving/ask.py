@@ -1,0 +1,73 @@
+"""Between the HTTP edge and the gateway: what is asked, what comes back, in the core's words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from scheduler.messages import FinishReason, TokenLogprob
+from scheduler.request import Limits, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """One HTTP request: `n` choices for each prompt."""
+
+    id: str
+    model: str
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    limits: Limits
+    n: int
+    created: float  # Unix seconds of arrival
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """A piece of one choice. `index` is prompt index · n + choice index, as OpenAI counts."""
+
+    index: int
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    name: str
+    context_length: int
+    created: float  # Unix seconds since when a worker serves it
+
+
+class Stream(Protocol):
+    """An accepted request. Iterating gives deltas, in order within each choice, until all finish.
+
+    Raises Unavailable from the iterator when no worker can go on.
+    """
+
+    prompt_tokens: int  # over all prompts
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+
+class Generator(Protocol):
+    """What the HTTP edge needs of the system behind it."""
+
+    def models(self) -> Sequence[ModelInfo]:
+        """The models that at least one worker serves."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Every model that this router was told to serve has the workers it needs."""
+        ...
+
+    def open(self, ask: Ask) -> AbstractAsyncContextManager[Stream]:
+        """Enter when every prompt is accepted; leaving cancels what has not finished.
+
+        Entering raises BadRequest (404 unknown model, 400 too long, ...) or Unavailable.
+        """
+        ...
