@@ -1,0 +1,320 @@
+"""Framed, authenticated messages between processes, over TCP.
+
+A frame is a 16-byte prefix (magic, version, header bytes, payload bytes), a MessagePack header and
+raw payload bytes. Payloads (KV caches) are sent from and received into memory that the caller
+owns: they are never joined, copied or decoded here. Nothing is ever unpickled.
+
+Both sides prove that they know the cluster secret before anything else is read:
+
+    listener  Challenge(version, nonce_l)
+    dialler   Answer(version, nonce_d, HMAC(secret, "dial" ‖ nonce_l ‖ nonce_d))
+    listener  Welcome(HMAC(secret, "listen" ‖ nonce_d ‖ nonce_l))
+
+This authenticates peers on a network that may be shared; it does not encrypt what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+import socket
+import struct
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from scheduler.errors import ProtocolError, SetupError
+from scheduler.messages import VERSION, Answer, Anything, Challenge, Refused, Welcome, Wire
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = struct.Struct("!4sIQ")
+_MAGIC = b"MTL" + bytes([VERSION])
+MAX_HEADER = 64 << 20  # a 16 MiB prompt as text, with room for its ids
+MAX_PAYLOAD = 64 << 30
+_HANDSHAKE_MAX = 4096  # nobody unknown makes us hold more than this
+_HANDSHAKE_S = 10.0
+_READ = 1 << 18
+
+Buffer = bytes | bytearray | memoryview
+Word = TypeVar("Word", bound=Wire)
+
+
+class Connection:
+    """One TCP connection. Any task may send; one task at a time receives.
+
+    Every method raises ConnectionError when the connection is gone, ProtocolError when the peer
+    sends what it must not.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.local: tuple[str, int] = sock.getsockname()[:2]
+        self.remote: tuple[str, int] = sock.getpeername()[:2]
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._sending = asyncio.Lock()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Anything)
+        self._buffer = memoryview(bytearray(_READ))
+        self._start = self._end = 0  # unread bytes of the buffer
+        self._payload = 0  # payload bytes of the current frame not yet taken
+        self._pending = 0  # socket operations under way
+        self._closed = False
+
+    @property
+    def alive(self) -> bool:
+        """False if it is known to be of no use: closed by either side, or mid-conversation."""
+        if self._closed:
+            return False
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True  # open, and as silent as an idle connection must be
+        except OSError:
+            return False
+        return False
+
+    async def send(self, message: Wire, payload: Sequence[Buffer] = ()) -> None:
+        """Send one frame. The payload's memory must not change until this returns."""
+        header = self._encoder.encode(message)
+        size = sum(memoryview(part).nbytes for part in payload)
+        async with self._sending:
+            try:
+                await self._write(_PREFIX.pack(_MAGIC, len(header), size) + header)
+                for part in payload:
+                    await self._write(part)
+            except BaseException:
+                self.close()  # a frame cut in the middle cannot be mended
+                raise
+
+    async def receive(self, limit: int = MAX_HEADER) -> tuple[Wire, int]:
+        """The next message, and the bytes of payload to be taken by `receive_into`."""
+        if self._payload:
+            await self._skip()
+        prefix = await self._take(_PREFIX.size)
+        magic, length, payload = _PREFIX.unpack(prefix)
+        if magic != _MAGIC:
+            raise ProtocolError(f"{self.remote} does not speak version {VERSION} of our protocol")
+        if length > limit or payload > MAX_PAYLOAD:
+            raise ProtocolError(f"{self.remote} sent a frame of {length} + {payload} bytes")
+        header = await self._take(length)
+        self._payload = payload
+        try:
+            return self._decoder.decode(header), payload
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"{self.remote} sent an unknown message: {error}") from None
+
+    async def expect(self, kind: type[Word]) -> Word:
+        """The next message, which must be of this kind. Raises ProtocolError if it is not."""
+        message, _ = await self.receive()
+        if isinstance(message, Refused):
+            raise ProtocolError(message.reason)
+        if not isinstance(message, kind):
+            raise ProtocolError(f"{self.remote} said {type(message).__name__} out of turn")
+        return message
+
+    async def receive_into(self, views: Sequence[memoryview]) -> None:
+        """Fill these byte views, in order, with the current frame's payload, all of it."""
+        size = sum(view.nbytes for view in views)
+        if size != self._payload:
+            raise ProtocolError(f"payload of {self._payload} bytes where {size} fit")
+        for view in views:
+            await self._fill(view)
+        self._payload = 0
+
+    def close(self) -> None:
+        """End the connection; whoever waits on it gets a ConnectionError. Idempotent."""
+        self._closed = True
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes operations under way
+        if not self._pending:
+            self._sock.close()
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        """The descriptor stays open while the event loop watches it: its number may be reused."""
+        if self._closed:
+            raise ConnectionResetError(f"the connection to {self.remote} is closed")
+        self._pending += 1
+        try:
+            yield
+        finally:
+            self._pending -= 1
+            if self._closed and not self._pending:
+                self._sock.close()
+
+    async def _write(self, data: Buffer) -> None:
+        with self._operation():
+            await self._loop.sock_sendall(self._sock, data)
+
+    async def _read(self, view: memoryview) -> int:
+        with self._operation():
+            count = await self._loop.sock_recv_into(self._sock, view)
+        if count == 0:
+            raise ConnectionResetError(f"{self.remote} closed the connection")
+        return count
+
+    async def _fill(self, view: memoryview) -> None:
+        """Fill one view: first from what was read ahead, then straight from the socket."""
+        ready = min(self._end - self._start, view.nbytes)
+        view[:ready] = self._buffer[self._start : self._start + ready]
+        self._start += ready
+        while ready < view.nbytes:
+            ready += await self._read(view[ready:])
+
+    async def _take(self, count: int) -> memoryview | bytearray:
+        """The next `count` bytes, valid until the next receive."""
+        if count > _READ:
+            large = bytearray(count)
+            await self._fill(memoryview(large))
+            return large
+        if self._start + count > _READ:
+            rest = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        while self._end - self._start < count:
+            self._end += await self._read(self._buffer[self._end :])
+        self._start += count
+        taken = self._buffer[self._start - count : self._start]
+        if self._start == self._end:
+            self._start = self._end = 0
+        return taken
+
+    async def _skip(self) -> None:
+        scrap = memoryview(bytearray(min(self._payload, _READ)))
+        while self._payload:
+            piece = scrap[: min(self._payload, len(scrap))]
+            await self._fill(piece)
+            self._payload -= len(piece)
+
+
+async def dial(host: str, port: int, secret: bytes, timeout: float = 5.0) -> Connection:
+    """Connect and authenticate.
+
+    Raises OSError or TimeoutError when nobody answers, ProtocolError when the peer refuses us or
+    cannot prove that it knows the secret.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout):
+        family, kind, proto, _, address = (
+            await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )[0]
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            connection = Connection(sock)
+            await _prove_dialler(connection, secret)
+        except BaseException:
+            sock.close()
+            raise
+    return connection
+
+
+@asynccontextmanager
+async def listen(
+    host: str,
+    port: int,
+    secret: bytes,
+    handle: Callable[[Connection], Awaitable[None]],
+) -> AsyncIterator[tuple[str, int]]:
+    """Accept connections while the context is open; gives the bound (host, port).
+
+    Each authenticated connection is handled in its own task and closed when `handle` returns.
+    Raises SetupError when the address cannot be bound.
+    """
+    server = _bind(host, port)
+    tasks: set[asyncio.Task[None]] = set()
+    accepting = asyncio.create_task(_accept(server, secret, handle, tasks))
+    try:
+        yield server.getsockname()[:2]
+    finally:
+        accepting.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(accepting, *tasks, return_exceptions=True)
+        server.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        server = socket.create_server((host, port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise SetupError(
+            f"cannot listen on {host}:{port}: {error}. Choose a free port or an address of this "
+            "machine."
+        ) from error
+    server.setblocking(False)
+    return server
+
+
+async def _accept(
+    server: socket.socket,
+    secret: bytes,
+    handle: Callable[[Connection], Awaitable[None]],
+    tasks: set[asyncio.Task[None]],
+) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock, _ = await loop.sock_accept(server)
+        except OSError as error:  # out of file descriptors: existing connections will free some
+            logger.warning("cannot accept a connection: %s", error)
+            await asyncio.sleep(0.1)
+            continue
+        task = asyncio.create_task(_serve_one(sock, secret, handle))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
+async def _serve_one(
+    sock: socket.socket, secret: bytes, handle: Callable[[Connection], Awaitable[None]]
+) -> None:
+    try:
+        connection = Connection(sock)
+    except OSError:  # gone before we looked
+        sock.close()
+        return
+    try:
+        async with asyncio.timeout(_HANDSHAKE_S):
+            await _prove_listener(connection, secret)
+        await handle(connection)
+    except (ConnectionError, TimeoutError) as error:
+        logger.debug("connection from %s ended: %r", connection.remote, error)
+    except ProtocolError as error:
+        logger.warning("connection from %s refused: %s", connection.remote, error)
+    finally:
+        connection.close()
+
+
+async def _prove_listener(connection: Connection, secret: bytes) -> None:
+    nonce = secrets.token_bytes(16)
+    await connection.send(Challenge(VERSION, nonce))
+    answer, _ = await connection.receive(_HANDSHAKE_MAX)
+    if not isinstance(answer, Answer):
+        raise ProtocolError("no answer to our challenge")
+    if not hmac.compare_digest(answer.proof, _proof(secret, b"dial", nonce, answer.nonce)):
+        await connection.send(Refused("wrong cluster secret: give this process the router's"))
+        raise ProtocolError("wrong cluster secret")
+    await connection.send(Welcome(_proof(secret, b"listen", answer.nonce, nonce)))
+
+
+async def _prove_dialler(connection: Connection, secret: bytes) -> None:
+    challenge = await connection.expect(Challenge)
+    nonce = secrets.token_bytes(16)
+    await connection.send(Answer(VERSION, nonce, _proof(secret, b"dial", challenge.nonce, nonce)))
+    welcome = await connection.expect(Welcome)
+    if not hmac.compare_digest(welcome.proof, _proof(secret, b"listen", nonce, challenge.nonce)):
+        raise ProtocolError(f"{connection.remote} does not know the cluster secret")
+
+
+def _proof(secret: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
+    return hmac.digest(secret, side + first + second, "sha256")

@@ -1,0 +1,256 @@
+"""The engine step: plan → run → give. Synchronous; whoever owns it calls it from one place.
+
+A *key* (job id, epoch) names everything that one job holds here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from scheduler.batching import Batcher, Sequence, Slice
+from scheduler.blocks import blocks_for
+from scheduler.errors import BadRequest
+from scheduler.messages import Alternative, FinishReason, FirstToken, Output, TokenLogprob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scheduler.request import Job, TokenIds
+    from workers.runner import Runner, Sampled
+    from workers.text import TextStream, Tokens
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Held:
+    """A prompt whose KV waits here to be pushed: tokens [0, tokens) in `blocks`."""
+
+    blocks: list[int]
+    tokens: int
+    firsts: tuple[FirstToken, ...]  # of the choices that go on; empty: all have finished
+
+
+@dataclass(slots=True)
+class StepResult:
+    outputs: list[Output] = field(default_factory=list)
+    granted: dict[Key, Sequence] = field(default_factory=dict)
+    held: dict[Key, Held] = field(default_factory=dict)
+    idle: bool = False  # nothing could be done: wait for an event before the next step
+
+
+class Engine:
+    """All sequences of one worker."""
+
+    def __init__(self, runner: Runner, text: Tokens, batcher: Batcher) -> None:
+        self.runner = runner
+        self.text = text
+        self.batcher = batcher
+        self.steps = 0
+        self.tokens = 0
+        self._streams: dict[Sequence, TextStream] = {}
+        self._jobs: dict[Key, list[Sequence]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.batcher.has_work
+
+    @property
+    def keys(self) -> list[Key]:
+        """Every job that holds something here."""
+        return list(self._jobs)
+
+    @property
+    def computing(self) -> list[Key]:
+        """The jobs that a step may touch; not those whose KV only waits for a transfer."""
+        places = (*self.batcher.running, *self.batcher.waiting)
+        return list({(s.job.id, s.job.epoch): None for s in places})
+
+    def output_limit(self, job: Job, prompt: TokenIds) -> int:
+        """The job's max_tokens, filled in. Raises BadRequest if it can never run here."""
+        context = self.text.context_length
+        room = context - len(prompt)
+        asked = job.limits.max_tokens
+        if room < 1 or (asked or 0) > room:
+            wish = f"{asked} tokens of output" if asked and room >= 1 else "an answer"
+            raise BadRequest(
+                f"This model's context is {context} tokens; the prompt has {len(prompt)}, which "
+                f"leaves no room for {wish}. Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if asked and room >= 1 else _prompt_field(job),
+                code="context_length_exceeded",
+            )
+        limit = room if asked is None else asked
+        capacity = self.batcher.pool.size
+        if blocks_for(len(prompt) + (asked or 1)) > capacity:
+            raise BadRequest(
+                f"This worker's KV cache holds {capacity * 16} tokens; the prompt has "
+                f"{len(prompt)} and {asked or 1} are asked for.",
+                param=_prompt_field(job),
+                code="context_length_exceeded",
+            )
+        return min(limit, capacity * 16 - len(prompt))
+
+    def add(self, job: Job, prompt: TokenIds, *, hold: bool = False) -> None:
+        """Compute a job here; with `hold` only its prompt and first tokens (see Held)."""
+        sequence = self._sequence(job, prompt, job.choices[0], job.choices[1:])
+        sequence.hold = hold
+        self._begin(sequence, job.emitted, job.sent)
+        self.batcher.add(sequence)
+
+    def reserve(self, job: Job, prompt: TokenIds) -> None:
+        """Queue for the blocks of a KV cache that will arrive; a step's `granted` answers."""
+        sequence = self._sequence(job, prompt, job.choices[0], ())
+        sequence.awaits_kv = True
+        self._jobs[job.id, job.epoch] = [sequence]
+        self.batcher.add(sequence)
+
+    def resume(self, key: Key, firsts: tuple[FirstToken, ...]) -> bool:
+        """The KV has arrived: continue these choices. False if the job is gone meanwhile."""
+        if key not in self._jobs:
+            return False
+        (parent,) = self._jobs.pop(key)
+        job, prompt = parent.job, parent.tokens[: parent.prompt_len]
+        parent.awaits_kv = False
+        parent.choice = firsts[0].choice
+        parent.computed = len(parent.tokens)
+        children = [self._sequence(job, prompt, first.choice, ()) for first in firsts[1:]]
+        for sequence, first in zip([parent, *children], firsts, strict=True):
+            sequence.tokens.append(first.token)
+            self._begin(sequence, [*job.emitted, first.token], first.sent)
+        self.batcher.resume(parent)
+        self._fork(parent, children)
+        return True
+
+    def cancel(self, key: Key) -> bool:
+        """Free all that a job holds. False if it held nothing."""
+        sequences = self._jobs.pop(key, [])
+        for sequence in sequences:
+            self._streams.pop(sequence, None)
+            self.batcher.remove(sequence)
+        return bool(sequences)
+
+    def step(self) -> StepResult:
+        """Run one step: at most `max_step_tokens` tokens of any number of sequences."""
+        plan = self.batcher.next_step()
+        drawn = iter(self.runner.run(plan.slices) if plan.slices else ())
+        self.batcher.advance(plan)
+        result = StepResult(idle=not plan.slices and not plan.granted)
+        for sequence in plan.granted:
+            result.granted[sequence.job.id, sequence.job.epoch] = sequence
+        for piece in plan.slices:
+            self._give(piece, list(islice(drawn, len(piece.choices))), result)
+        self.steps += bool(plan.slices)
+        self.tokens += len(result.outputs)
+        return result
+
+    def check_integrity(self) -> None:
+        """Every sequence belongs to a job; blocks as the batcher checks them."""
+        self.batcher.check_integrity()
+        known = {s for sequences in self._jobs.values() for s in sequences}
+        placed = {*self.batcher.running, *self.batcher.staged, *self.batcher.waiting}
+        assert placed <= known, "a sequence belongs to no job"
+
+    def _sequence(
+        self, job: Job, prompt: TokenIds, choice: int, forks: tuple[int, ...]
+    ) -> Sequence:
+        return Sequence(
+            job=job,
+            choice=choice,
+            tokens=[*prompt, *job.emitted],
+            prompt_len=len(prompt),
+            max_tokens=self.output_limit(job, prompt),
+            forks=forks,
+        )
+
+    def _begin(self, sequence: Sequence, emitted: TokenIds, sent: int) -> None:
+        """Know the sequence: its text so far, and the job it belongs to."""
+        job = sequence.job
+        self._streams[sequence] = self.text.stream(job.limits.stop, emitted, sent)
+        self._jobs.setdefault((job.id, job.epoch), []).append(sequence)
+
+    def _fork(self, parent: Sequence, children: list[Sequence]) -> None:
+        for child in children:
+            self.runner.cache.copy(self.batcher.fork(parent, child))
+
+    def _give(self, piece: Slice, drawn: list[Sampled], result: StepResult) -> None:
+        """Append the drawn tokens of one slice to its choices and say so."""
+        if not drawn:
+            return
+        parent = piece.sequence
+        sequences = [parent, *self._branch(parent)]
+        outputs = [self._append(s, d) for s, d in zip(sequences, drawn, strict=True)]
+        result.outputs += outputs
+        if parent.hold:
+            self._hold(sequences, outputs, result)
+        else:
+            for sequence, output in zip(sequences, outputs, strict=True):
+                if output.finish:
+                    self._finish(sequence)
+
+    def _branch(self, parent: Sequence) -> Iterator[Sequence]:
+        """The prompt is computed: its further choices become sequences of their own."""
+        prompt = parent.tokens[: parent.prompt_len]
+        children = [self._sequence(parent.job, prompt, c, ()) for c in parent.forks]
+        parent.forks = ()
+        for child in children:
+            self._begin(child, [], 0)
+        if not parent.hold:  # a held prompt has one KV for all; they fork where it goes
+            self._fork(parent, children)
+        yield from children
+
+    def _hold(self, sequences: list[Sequence], outputs: list[Output], result: StepResult) -> None:
+        parent = sequences[0]
+        job = parent.job
+        firsts = tuple(
+            FirstToken(o.choice, o.ids[0], self._streams[s].sent)
+            for s, o in zip(sequences, outputs, strict=True)
+            if not o.finish
+        )
+        result.held[job.id, job.epoch] = Held(parent.blocks, parent.computed, firsts)
+        self.batcher.stage(parent)
+
+    def _append(self, sequence: Sequence, drawn: Sampled) -> Output:
+        """One more token: its text, and whether it is the last."""
+        job, stream = sequence.job, self._streams[sequence]
+        position = sequence.position
+        sequence.tokens.append(drawn.token)
+        finish: FinishReason | None = None
+        if drawn.token in self.text.eos_ids and not job.limits.ignore_eos:
+            text, finish = stream.finish(), FinishReason.STOP
+        else:
+            text = stream.push(drawn.token)
+            if stream.stopped:
+                finish = FinishReason.STOP
+            elif sequence.position >= sequence.max_tokens:
+                text, finish = text + stream.finish(), FinishReason.LENGTH
+        return Output(
+            id=job.id,
+            epoch=job.epoch,
+            choice=sequence.choice,
+            position=position,
+            ids=[drawn.token],
+            text=text,
+            logprobs=() if job.sampling.logprobs is None else (self._logprob(drawn),),
+            finish=finish,
+        )
+
+    def _logprob(self, drawn: Sampled) -> TokenLogprob:
+        top = tuple(Alternative(*self._spell(token), logprob) for token, logprob in drawn.top)
+        return TokenLogprob(*self._spell(drawn.token), drawn.logprob, top)
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
+        return self.text.token_text(token), self.text.token_bytes(token)
+
+    def _finish(self, sequence: Sequence) -> None:
+        key = (sequence.job.id, sequence.job.epoch)
+        self._streams.pop(sequence)
+        self.batcher.remove(sequence)
+        self._jobs[key].remove(sequence)
+        if not self._jobs[key]:
+            del self._jobs[key]
+
+
+def _prompt_field(job: Job) -> str:
+    return "messages" if job.prompt.messages is not None else "prompt"

@@ -1,0 +1,174 @@
+"""Drives the engine: steps on a thread of their own, everything else between two steps.
+
+The engine has one owner at a time: its thread during a step, the event loop otherwise. So nothing
+in it needs a lock, and a cancel frees its blocks before the next step starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from scheduler.errors import HandoffFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from scheduler.batching import Sequence
+    from scheduler.messages import FirstToken, Output
+    from scheduler.request import Job, TokenIds
+    from workers.engine import Engine, Held, Key, StepResult
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+
+class EngineLoop:
+    """The asynchronous face of one engine. `run` must be running for anything to happen."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_outputs: Callable[[list[Output]], Awaitable[None]],
+        on_broken: Callable[[Key, str], Awaitable[None]],
+    ) -> None:
+        self.engine = engine
+        self.cancelled = 0
+        self.cancel_steps_max = 0
+        self._on_outputs = on_outputs
+        self._on_broken = on_broken
+        self._stepping = False
+        self._between: list[Callable[[], None]] = []  # what waits for the current step to end
+        self._wake = asyncio.Event()
+        self._held: dict[Key, asyncio.Future[Held]] = {}
+        self._granted: dict[Key, asyncio.Future[Sequence]] = {}
+        self._thread = ThreadPoolExecutor(1, "engine")
+
+    async def run(self) -> None:
+        """Step while there is work; until cancelled."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                self._stepping = True
+                progressed = await self._step()
+                self._stepping = False
+                changed = self._catch_up()
+                if self.engine.has_work and (progressed or changed):
+                    self._wake.set()
+        finally:
+            self._thread.shutdown(wait=True)
+
+    async def add(self, job: Job, prompt: TokenIds) -> None:
+        """Serve a job here; its outputs follow. Raises BadRequest if it can never fit."""
+        await self._do(lambda: self.engine.add(job, prompt))
+
+    async def prefill(self, job: Job, prompt: TokenIds) -> Held:
+        """Compute a prompt and its first tokens, and keep the KV until `release`."""
+        key = (job.id, job.epoch)
+        future = self._held[key] = asyncio.get_running_loop().create_future()
+        try:
+            await self._do(lambda: self.engine.add(job, prompt, hold=True))
+            return await future
+        finally:
+            self._held.pop(key, None)
+
+    async def reserve(self, job: Job, prompt: TokenIds) -> Sequence:
+        """Wait until blocks are held for a KV cache that will arrive."""
+        key = (job.id, job.epoch)
+        future = self._granted[key] = asyncio.get_running_loop().create_future()
+        try:
+            await self._do(lambda: self.engine.reserve(job, prompt))
+            return await future
+        finally:
+            self._granted.pop(key, None)
+
+    async def resume(self, key: Key, firsts: tuple[FirstToken, ...]) -> bool:
+        """The KV has arrived. False if the job was cancelled meanwhile."""
+        return await self._do(lambda: self.engine.resume(key, firsts))
+
+    def release(self, key: Key) -> None:
+        """Free what a job still holds; not counted as a cancel."""
+        self._soon(lambda: self._cancel(key))
+
+    def cancel(self, key: Key) -> None:
+        """The client left: free everything before the next step."""
+        asked_at = self.engine.steps
+
+        def cancel() -> None:
+            if self._cancel(key):
+                self.cancelled += 1
+                steps = self.engine.steps - asked_at
+                self.cancel_steps_max = max(self.cancel_steps_max, steps)
+
+        self._soon(cancel)
+
+    def _cancel(self, key: Key) -> bool:
+        for waiting in (self._held.get(key), self._granted.get(key)):
+            if waiting and not waiting.done():
+                waiting.set_exception(HandoffFailed("the request was cancelled"))
+        return self.engine.cancel(key)
+
+    async def _do(self, change: Callable[[], Value]) -> Value:
+        """Run `change` between two steps and give its result, or raise what it raises."""
+        future: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
+
+        def run() -> None:
+            try:
+                value = change()
+            except Exception as error:  # noqa: BLE001  # whoever waits for the change gets it
+                if not future.done():
+                    future.set_exception(error)
+            else:
+                if not future.done():
+                    future.set_result(value)
+
+        self._soon(run)
+        return await future
+
+    def _soon(self, change: Callable[[], object]) -> None:
+        """Apply a change now, or after the step that is running."""
+        self._between.append(change)
+        if not self._stepping:
+            self._catch_up()
+            if self.engine.has_work:
+                self._wake.set()
+
+    def _catch_up(self) -> bool:
+        """Apply what waited; says whether there was anything."""
+        changes, self._between = self._between, []
+        for change in changes:
+            change()
+        return bool(changes)
+
+    async def _step(self) -> bool:
+        """One step and what it gave; says whether anything could be done."""
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(self._thread, self.engine.step)
+        except Exception as error:  # one bad batch must not end the worker
+            logger.exception("a step failed; its jobs are given back")
+            await self._break(f"{type(error).__name__}: {error}")
+            return True
+        await self._publish(result)
+        return not result.idle
+
+    async def _publish(self, result: StepResult) -> None:
+        for key, held in result.held.items():
+            self._resolve(self._held.get(key), held)
+        for key, sequence in result.granted.items():
+            self._resolve(self._granted.get(key), sequence)
+        if result.outputs:
+            await self._on_outputs(result.outputs)
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[Value] | None, value: Value) -> None:
+        if future and not future.done():
+            future.set_result(value)
+
+    async def _break(self, reason: str) -> None:
+        for key in self.engine.computing:
+            self._cancel(key)
+            await self._on_broken(key, reason)
