@@ -1,0 +1,57 @@
+"""Weights and tokenizer of a model on this machine, whatever the file format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from scheduler.errors import SetupError
+from workers.weights.gguf_file import GgufFile
+from workers.weights.safetensors_folder import SafetensorsFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from scheduler.models import ModelShape
+
+
+class Checkpoint(Protocol):
+    """A model on disk, its weights named and laid out as Hugging Face does."""
+
+    shape: ModelShape
+    chat_template: str | None  # Jinja source
+    eos_ids: frozenset[int]  # any of them ends an answer
+    special_tokens: dict[str, str]  # what a template may name: bos_token, eos_token, …
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every weight, in execution order; `lm_head.weight` only where it is not tied."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One weight, float32 and contiguous: [outputs, inputs], or [D] for a norm.
+
+        `lm_head.weight` is the embedding where the two are tied. Raises KeyError for a name that
+        the model does not have.
+        """
+        ...
+
+    def tokenizer(self) -> Tokenizer: ...
+
+    def close(self) -> None:
+        """Let go of the files. Tensors already given stay."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
+
+    Raises SetupError, naming the file, if it is damaged or its model is not supported.
+    """
+    if path.is_dir():
+        return SafetensorsFolder(path)
+    if path.is_file():
+        return GgufFile(path)
+    raise SetupError(f"{path} does not exist; give a GGUF file or a folder of safetensors")
