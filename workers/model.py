@@ -1,0 +1,141 @@
+"""A decoder of the Llama family over a ragged batch: straight lines, fp32 (`exact` mode).
+
+It knows no ranks, no sequences and no schedule: tokens are flat rows [T, D], and the batch says for
+each row its position, its slot in the paged cache, and what it attends to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kernels import reference as ops
+
+if TYPE_CHECKING:
+    from scheduler.models import ModelShape
+
+
+class Weights(Protocol):
+    """Where a model's weights come from: tensors by their Hugging Face names, as fp32."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Rows [first, last) are one sequence's tokens from position `start` on."""
+
+    first: int
+    last: int
+    start: int
+    table: torch.Tensor  # [n] block numbers, int64
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Rows that are each the newest token of a sequence of their own."""
+
+    rows: torch.Tensor  # [B] int64
+    tables: torch.Tensor  # [B, n] block numbers, int64, padded
+    lengths: torch.Tensor  # [B] tokens of the sequence, the newest included, int64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's tokens. Every row belongs to exactly one prefill or decode."""
+
+    tokens: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slots: torch.Tensor  # [T] int64, block · 16 + offset
+    prefills: tuple[Prefill, ...]
+    decodes: tuple[Decode, ...]
+    drawn: torch.Tensor  # [n] int64, the rows whose next token is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights. Matrices are [in, out], so that y = x @ w reads them in order."""
+
+    attention_norm: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [D, (H + 2K)·E]
+    attention_out: torch.Tensor  # [H·E, D]
+    ffn_norm: torch.Tensor  # [D]
+    gate_up: torch.Tensor  # [D, 2F]
+    down: torch.Tensor  # [F, D]
+
+
+class Model:
+    """Weights in memory, and the forward pass over them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.shape = weights.shape
+        self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
+        self.norm = weights.tensor("model.norm.weight")
+        table = weights.tensor("model.embed_tokens.weight")  # [V, D]
+        if self.shape.tied_embeddings:
+            self.head = table.t().contiguous()  # [D, V]
+            self.embedding = self.head.t()  # the same memory
+        else:
+            self.head = weights.tensor("lm_head.weight").t().contiguous()
+            self.embedding = table
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+        """Write the batch's keys and values, and give the logits [n, V] of its drawn rows.
+
+        cache [L, 2, blocks, 16, K, E].
+        """
+        eps = self.shape.norm_eps
+        cos, sin = ops.rope_angles(batch.positions, self.shape.head_dim, self.shape.rope_theta)
+        x = self.embedding[batch.tokens]  # [T, D]
+        for layer, kv in zip(self.layers, cache, strict=True):
+            qkv = ops.rms_norm(x, layer.attention_norm, eps) @ layer.qkv
+            x = x + self._attention(qkv, cos, sin, kv, batch) @ layer.attention_out
+            gate_up = ops.rms_norm(x, layer.ffn_norm, eps) @ layer.gate_up
+            x = x + ops.silu_mul(gate_up) @ layer.down
+        return ops.rms_norm(x[batch.drawn], self.norm, eps) @ self.head
+
+    def _attention(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """qkv [T, (H + 2K)·E] -> [T, H·E], by way of the layer's cache kv [2, blocks, 16, K, E]."""
+        heads, kv_heads = self.shape.heads, self.shape.kv_heads
+        by_head = qkv.view(-1, heads + 2 * kv_heads, self.shape.head_dim)
+        q = ops.rope(by_head[:, :heads], cos, sin)
+        k = ops.rope(by_head[:, heads : heads + kv_heads], cos, sin)
+        v = by_head[:, heads + kv_heads :]
+        ops.write_kv(kv, batch.slots, k, v)
+        out = torch.empty_like(q)
+        for p in batch.prefills:
+            rows = slice(p.first, p.last)
+            out[rows] = ops.prefill_attention(q[rows], kv[0], kv[1], p.table, p.start)
+        for d in batch.decodes:
+            out[d.rows] = ops.decode_attention(q[d.rows], kv[0], kv[1], d.tables, d.lengths)
+        return out.flatten(1)
+
+
+def _layer(weights: Weights, prefix: str) -> Layer:
+    """Load one layer; matrices that read the same input become one."""
+
+    def matrix(*names: str) -> torch.Tensor:
+        parts = [weights.tensor(f"{prefix}{name}.weight") for name in names]  # [out, in] each
+        return torch.cat(parts).t().contiguous()
+
+    return Layer(
+        attention_norm=weights.tensor(f"{prefix}input_layernorm.weight"),
+        qkv=matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out=matrix("self_attn.o_proj"),
+        ffn_norm=weights.tensor(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=matrix("mlp.gate_proj", "mlp.up_proj"),
+        down=matrix("mlp.down_proj"),
+    )
