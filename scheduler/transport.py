@@ -135,8 +135,7 @@ class Connection:
         self._closed = True
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes operations under way
-        if not self._pending:
-            self._sock.close()
+        self._close_descriptor()
 
     @contextmanager
     def _operation(self) -> Iterator[None]:
@@ -148,8 +147,11 @@ class Connection:
             yield
         finally:
             self._pending -= 1
-            if self._closed and not self._pending:
-                self._sock.close()
+            self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        if self._closed and not self._pending:
+            self._sock.close()
 
     async def _write(self, data: Buffer) -> None:
         with self._operation():

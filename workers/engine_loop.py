@@ -37,6 +37,8 @@ class EngineLoop:
         self.engine = engine
         self.cancelled = 0
         self.cancel_steps_max = 0
+        self.empty = asyncio.Event()  # no job holds anything here
+        self.empty.set()
         self._on_outputs = on_outputs
         self._on_broken = on_broken
         self._stepping = False
@@ -141,6 +143,10 @@ class EngineLoop:
         changes, self._between = self._between, []
         for change in changes:
             change()
+        if self.engine.keys:
+            self.empty.clear()
+        else:
+            self.empty.set()
         return bool(changes)
 
     async def _step(self) -> bool:

@@ -1,0 +1,292 @@
+"""One live stream per request: carries out what each generation's state machine says.
+
+`scheduler.lifecycle` decides; this shell knows the members, the clock and who waits. Worker
+messages come in by `on_message`; deltas go out through each request's stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from scheduler.errors import BadRequest, Unavailable
+from scheduler.lifecycle import Deliver, End, Generation, Instruction, Place, Send, Started
+from scheduler.messages import Accepted, Failed, HandedOver, Outputs, Role, Wire
+from scheduler.request import Job
+from serving.ask import Delta, ModelInfo
+from serving.stream import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from scheduler.routing import Route
+    from serving.ask import Ask
+    from serving.members import Members
+
+logger = logging.getLogger(__name__)
+
+REPLAY_WAIT_S = 30.0  # how long a request whose worker was lost waits for another to join
+_LEARN = 0.05  # weight of the newest request in the running averages
+
+
+@dataclass(slots=True)
+class Averages:
+    """What one model's requests look like, learned from those that have passed."""
+
+    bytes_per_token: float = 4.0
+    output_tokens: float = 128.0
+
+    def learn_prompt(self, size: int, tokens: int) -> None:
+        self.bytes_per_token += _LEARN * (size / max(tokens, 1) - self.bytes_per_token)
+
+    def learn_output(self, tokens: int) -> None:
+        self.output_tokens += _LEARN * (tokens - self.output_tokens)
+
+
+@dataclass(slots=True)
+class Placement:
+    """What an attempt adds to its workers' load."""
+
+    prefill: str
+    decode: str
+    prompt_tokens: int
+    choices: int
+    prefilled: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """A generation with what surrounds it."""
+
+    generation: Generation
+    stream: Stream
+    first_index: int  # of its choices in the reply
+    placements: dict[int, Placement] = field(default_factory=dict)
+
+
+class Gateway:
+    """Implements serving.ask.Generator on the workers that have joined."""
+
+    def __init__(self, members: Members, expected: frozenset[str] = frozenset()) -> None:
+        self.degraded = 0  # routes on which a worker did what is not its role
+        self.replayed = 0
+        self._members = members
+        self._expected = expected
+        self._live: dict[str, Live] = {}
+        # Clients may repeat a request id, and routers may share workers: job ids are our own.
+        self._nonce = secrets.token_hex(4)
+        self._numbers = itertools.count()
+        self._averages: dict[str, Averages] = {}
+        self._waiting: set[asyncio.Task[None]] = set()
+        members.on_message = self._on_message
+        members.on_lost = self._on_lost
+
+    def models(self) -> list[ModelInfo]:
+        """See Generator.models."""
+        found: dict[str, ModelInfo] = {}
+        for member in self._members.of():
+            join = member.join
+            info = ModelInfo(join.model, join.context_length, member.since)
+            found.setdefault(join.model, info)
+        return list(found.values())
+
+    @property
+    def ready(self) -> bool:
+        """Each expected model has workers for both phases; without any, somebody is here."""
+        models = self._expected or {info.name for info in self.models()}
+        return bool(models) and all(self._complete(model) for model in models)
+
+    @asynccontextmanager
+    async def open(self, ask: Ask) -> AsyncIterator[Stream]:
+        """See Generator.open."""
+        self._check_model(ask.model)
+        stream = Stream(len(ask.prompts))
+        lives = [self._begin(ask, index, stream) for index in range(len(ask.prompts))]
+        try:
+            for live in lives:
+                self._obey(live, live.generation.start())
+            await stream.accepted()
+            yield stream
+        finally:
+            for live in lives:
+                self._obey(live, live.generation.cancel())
+
+    def _check_model(self, model: str) -> None:
+        names = [info.name for info in self.models()]
+        if model in names:
+            return
+        if model in self._expected:
+            raise Unavailable(f"the workers of {model!r} are not ready", retry_after=2)
+        known = ", ".join(sorted({*names, *self._expected})) or "none yet"
+        raise BadRequest(
+            f"The model {model!r} does not exist here. Served: {known}.",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+
+    def _complete(self, model: str) -> bool:
+        roles = {m.join.role for m in self._members.of(model) if not m.draining}
+        return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
+
+    def _begin(self, ask: Ask, index: int, stream: Stream) -> Live:
+        job = Job(
+            id=f"{ask.id}/{self._nonce}{next(self._numbers)}",
+            epoch=0,
+            model=ask.model,
+            prompt=ask.prompts[index],
+            sampling=ask.sampling,
+            limits=ask.limits,
+            created=ask.created,
+            prompt_index=index,
+            choices=tuple(range(ask.n)),
+        )
+        live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)
+        return live
+
+    # ── events ──────────────────────────────────────────────────────────────────────────────────
+
+    def _on_message(self, worker: str, message: Wire) -> None:
+        if isinstance(message, Outputs):
+            for output in message.items:
+                if live := self._live.get(output.id):
+                    self._prefilled(live, output.epoch)
+                    self._obey(live, live.generation.output(output))
+        elif isinstance(message, Accepted):
+            if live := self._live.get(message.id):
+                size = _prompt_bytes(live.generation.job)
+                if size and not live.generation.started:
+                    self._average(live).learn_prompt(size, len(message.prompt_ids))
+                self._obey(live, live.generation.accepted(message.epoch, message.prompt_ids))
+        elif isinstance(message, HandedOver):
+            if live := self._live.get(message.id):
+                self._obey(live, live.generation.handed_over(message.epoch, worker))
+        elif isinstance(message, Failed):
+            if live := self._live.get(message.id):
+                logger.info("worker %s gave up %s: %s", worker, message.id, message.message)
+                self._obey(live, live.generation.failed(worker, message))
+        else:
+            logger.warning("worker %s said %s out of turn", worker, type(message).__name__)
+
+    def _on_lost(self, worker: str) -> None:
+        for live in list(self._live.values()):
+            self._obey(live, live.generation.worker_lost(worker))
+
+    # ── instructions ────────────────────────────────────────────────────────────────────────────
+
+    def _obey(self, live: Live, instructions: list[Instruction]) -> None:
+        """Carry out what the state machine says, then settle the load that it left behind."""
+        for instruction in instructions:
+            if isinstance(instruction, Deliver):
+                self._deliver(live, instruction)
+            elif isinstance(instruction, Send):
+                self._members.post(instruction.worker, instruction.message)
+            elif isinstance(instruction, Place):
+                self._place(live, instruction)
+            elif isinstance(instruction, Started):
+                live.stream.start(instruction.prompt_tokens)
+            else:
+                self._end(live, instruction)
+        for epoch in [e for e in live.placements if e not in live.generation.attempts]:
+            self._unload(live.placements.pop(epoch))
+
+    def _deliver(self, live: Live, instruction: Deliver) -> None:
+        output = instruction.output
+        live.stream.feed(
+            Delta(
+                index=live.first_index + output.choice,
+                text=output.text,
+                tokens=len(output.ids),
+                logprobs=output.logprobs,
+                finish=output.finish,
+            )
+        )
+
+    def _end(self, live: Live, instruction: End) -> None:
+        generation = live.generation
+        del self._live[generation.job.id]
+        if instruction.error is None:
+            for ledger in generation.ledgers.values():
+                if ledger.finished:
+                    self._average(live).learn_output(len(ledger.emitted))
+        live.stream.end(instruction.error)
+
+    def _place(self, live: Live, place: Place) -> None:
+        """Choose a route now; a replay may wait for a worker to come."""
+        try:
+            self._try(live, place)
+        except Unavailable as error:
+            if live.generation.attempts[place.job.epoch].number == 1:
+                self._obey(live, live.generation.unroutable(place.job.epoch, error))
+                return
+            task = asyncio.create_task(self._place_later(live, place))
+            self._waiting.add(task)
+            task.add_done_callback(self._waiting.discard)
+
+    def _try(self, live: Live, place: Place) -> None:
+        """Raises Unavailable."""
+        job, average = place.job, self._average(live)
+        tokens = len(job.prompt.ids or ()) or int(_prompt_bytes(job) / average.bytes_per_token)
+        tokens += len(job.emitted)
+        output = min(int(average.output_tokens), job.limits.max_tokens or 1 << 30)
+        route = self._members.route(job.model, tokens, output, place.avoid, place.split)
+        self.degraded += route.degraded
+        self.replayed += live.generation.attempts[job.epoch].number > 1
+        self._load(live, job, route, tokens)
+        self._obey(live, live.generation.routed(job.epoch, route))
+
+    async def _place_later(self, live: Live, place: Place) -> None:
+        """Try again whenever a worker joins, for at most REPLAY_WAIT_S."""
+        epoch = place.job.epoch
+        try:
+            async with asyncio.timeout(REPLAY_WAIT_S):
+                while True:
+                    await self._members.changed()
+                    if epoch not in live.generation.attempts:
+                        return  # the client left
+                    with suppress(Unavailable):
+                        self._try(live, place)
+                        return
+        except TimeoutError:
+            error = Unavailable("every worker of this model was lost", retry_after=REPLAY_WAIT_S)
+            self._obey(live, live.generation.unroutable(epoch, error))
+
+    # ── load ────────────────────────────────────────────────────────────────────────────────────
+
+    def _load(self, live: Live, job: Job, route: Route, tokens: int) -> None:
+        decode = route.handoff.name if route.handoff else route.worker
+        placement = Placement(route.worker, decode, tokens, len(job.choices))
+        live.placements[job.epoch] = placement
+        self._add(placement, tokens=tokens, running=placement.choices)
+
+    def _prefilled(self, live: Live, epoch: int) -> None:
+        """The attempt's first token is here: its prompt queues no more."""
+        placement = live.placements.get(epoch)
+        if placement and not placement.prefilled:
+            placement.prefilled = True
+            self._add(placement, tokens=-placement.prompt_tokens, running=0)
+
+    def _unload(self, placement: Placement) -> None:
+        tokens = 0 if placement.prefilled else -placement.prompt_tokens
+        self._add(placement, tokens=tokens, running=-placement.choices)
+
+    def _add(self, placement: Placement, tokens: int, running: int) -> None:
+        if member := self._members.get(placement.prefill):
+            member.queued_tokens += tokens
+        if member := self._members.get(placement.decode):
+            member.running += running
+
+    def _average(self, live: Live) -> Averages:
+        return self._averages.setdefault(live.generation.job.model, Averages())
+
+
+def _prompt_bytes(job: Job) -> int:
+    """Characters of a prompt that is still text; 0 once it is ids."""
+    if job.prompt.text is not None:
+        return len(job.prompt.text)
+    return sum(len(message.content) for message in job.prompt.messages or ())

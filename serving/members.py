@@ -1,0 +1,175 @@
+"""Who is in the cluster: one connection per worker, kept by heartbeats.
+
+Workers join by themselves, wherever they were started. A connection that ends, or is silent for
+SILENCE_S, means that the worker is lost; it may come back under its name at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from scheduler.errors import ProtocolError
+from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
+from scheduler.routing import Route, WorkerView, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scheduler.transport import Connection
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.25
+SILENCE_S = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One worker, as the router sees it."""
+
+    join: Join
+    connection: Connection
+    since: float  # Unix seconds
+    load: Load | None = None
+    draining: bool = False
+    queued_tokens: int = 0  # the gateway's count of prompt tokens that wait here
+    running: int = 0  # the gateway's count of sequences that decode, or will decode, here
+    outbox: asyncio.Queue[Wire] = field(default_factory=asyncio.Queue)
+
+    @property
+    def view(self) -> WorkerView:
+        join = self.join
+        return WorkerView(
+            name=join.name,
+            role=join.role,
+            address=join.address,
+            rates=join.rates,
+            queued_tokens=self.queued_tokens,
+            running=self.running,
+            draining=self.draining,
+        )
+
+
+class Members:
+    """The workers that are here now. `on_message` and `on_lost` are told what happens."""
+
+    def __init__(self) -> None:
+        self.on_message: Callable[[str, Wire], None] = lambda worker, message: None
+        self.on_lost: Callable[[str], None] = lambda worker: None
+        self.lost = 0
+        self._members: dict[str, Member] = {}
+        self._changed = asyncio.Condition()
+
+    def of(self, model: str | None = None) -> list[Member]:
+        """The members that serve this model, or all."""
+        members = self._members.values()
+        return [m for m in members if model is None or m.join.model == model]
+
+    def get(self, name: str) -> Member | None:
+        return self._members.get(name)
+
+    def route(
+        self, model: str, prompt_tokens: int, output_tokens: int, avoid: frozenset[str], split: bool
+    ) -> Route:
+        """Choose a route now, with an address that its prefill worker can reach.
+
+        Raises Unavailable.
+        """
+        views = [member.view for member in self.of(model)]
+        route = choose(prompt_tokens, output_tokens, views, avoid, split)
+        if route.handoff is None:
+            return route
+        address = self._reachable(self._members[route.worker], self._members[route.handoff.name])
+        return replace(route, handoff=Peer(route.handoff.name, address))
+
+    def post(self, worker: str, message: Wire) -> None:
+        """Send in order, without waiting. A worker that is gone needs no message."""
+        if member := self._members.get(worker):
+            member.outbox.put_nowait(message)
+
+    async def changed(self) -> None:
+        """Wait until a worker joins."""
+        async with self._changed:
+            await self._changed.wait()
+
+    async def serve(self, connection: Connection) -> None:
+        """One worker's membership: for `transport.listen`."""
+        async with asyncio.timeout(10):
+            join = await connection.expect(Join)
+        if reason := self._objection(join):
+            await connection.send(Refused(reason))
+            raise ProtocolError(f"worker {join.name} may not join: {reason}")
+        if old := self._members.get(join.name):
+            self._remove(old)  # it came back before we noticed that it was gone
+        member = Member(join, connection, since=time.time())
+        writer = asyncio.create_task(self._write(member))
+        try:
+            await connection.send(Joined(HEARTBEAT_S))
+            self._members[join.name] = member
+            logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
+            async with self._changed:
+                self._changed.notify_all()
+            await self._read(member)
+        finally:
+            writer.cancel()
+            self._remove(member)
+
+    def _objection(self, join: Join) -> str | None:
+        """Why this worker may not join, or None."""
+        for other in self.of(join.model):
+            if other.join.fingerprint != join.fingerprint and other.join.name != join.name:
+                return (
+                    f"its tokenizer, template or shape of {join.model!r} differs from "
+                    f"{other.join.name}'s. Start it from the same model files."
+                )
+        return None
+
+    async def _read(self, member: Member) -> None:
+        while True:
+            async with asyncio.timeout(SILENCE_S):
+                message, _ = await member.connection.receive()
+            if isinstance(message, Load):
+                member.load = message
+            elif isinstance(message, Leaving):
+                member.draining = True
+            else:
+                self.on_message(member.join.name, message)
+
+    async def _write(self, member: Member) -> None:
+        with suppress(ConnectionError):
+            while True:
+                await member.connection.send(await member.outbox.get())
+
+    def _remove(self, member: Member) -> None:
+        member.connection.close()
+        if self._members.get(member.join.name) is member:
+            del self._members[member.join.name]
+            self.lost += 1
+            logger.info("worker %s left", member.join.name)
+            self.on_lost(member.join.name)
+
+    @staticmethod
+    def _reachable(sender: Member, receiver: Member) -> Address:
+        """Where `sender` finds `receiver`.
+
+        A worker beside the router may be known by a loopback address only; to a sender elsewhere
+        its host is the router's, at the address that the sender itself uses for the router.
+        """
+        address = receiver.join.address
+        beside_us = _is_loopback(address.host)
+        if beside_us and not _is_loopback(sender.connection.remote[0]):
+            return Address(sender.connection.local[0], address.port)
+        return address
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,184 @@
+"""A worker without a model: deterministic, no torch, real in everything else.
+
+It tokenises (a byte is a token), batches, pages and hands over a KV cache like the native engine.
+The token at each position is a hash of the prompt *as its KV cache holds it*, the seed, the choice
+and the position: a KV cache that was lost, mixed up or cut changes the answer. For tests, and for
+load tests of the router, with optional time per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from scheduler.errors import BadRequest, SetupError
+from scheduler.messages import Rates
+from scheduler.models import BLOCK_TOKENS, ModelShape
+from workers.kv_cache import KvCache
+from workers.runner import Sampled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from scheduler import batching
+    from scheduler.batching import Slice
+    from scheduler.request import Prompt, TokenIds
+
+EOS = 256
+_ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
+_SAMPLED = 256  # prompt positions that the hash reads, evenly spread: long prompts stay cheap
+SHAPE = ModelShape(
+    layers=2,
+    hidden=1,
+    heads=1,
+    kv_heads=1,
+    head_dim=1,
+    ffn=1,
+    vocab=257,
+    context_length=1 << 20,
+    rope_theta=1.0,
+    norm_eps=1.0,
+    tied_embeddings=True,
+)
+
+
+class FakeOptions(msgspec.Struct, frozen=True):
+    """What follows `fake:` in a model's name, as in `fake:step_ms=5,tokens=64`."""
+
+    tokens: int = 16  # length of an answer that nothing else ends
+    step_ms: float = 0.0  # time of one step
+    prefill_tps: float = 0.0  # prompt tokens per second; 0: no time
+    context: int = SHAPE.context_length
+
+
+def parse_options(text: str) -> FakeOptions:
+    """Read `key=value,…`. Raises SetupError naming the key."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    try:
+        return msgspec.convert({k: v for k, _, v in pairs}, FakeOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise SetupError(f"fake:{text}: {error}; known: {FakeOptions.__struct_fields__}") from None
+
+
+class FakeText:
+    """Bytes as tokens. Implements what the engine needs of a tokenizer."""
+
+    eos_ids = frozenset({EOS})
+    fingerprint = "fake-1"
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+
+    def encode(self, prompt: Prompt, created: float) -> TokenIds:
+        """UTF-8 bytes; messages as `role: content` lines."""
+        if prompt.ids is not None:
+            if any(not 0 <= token < EOS for token in prompt.ids):
+                raise BadRequest("token ids of this model are 0 to 255", param="prompt")
+            return prompt.ids
+        text = prompt.text
+        if text is None:
+            text = "".join(f"{m.role}: {m.content}\n" for m in prompt.messages or ())
+        if not text:
+            raise BadRequest("the prompt is empty", param="prompt")
+        return list(text.encode())
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < EOS else b""
+
+    def stream(
+        self, stop: tuple[str, ...], emitted: Sequence[int] = (), sent: int = 0
+    ) -> FakeStream:
+        return FakeStream(stop, emitted, sent)
+
+
+class FakeStream:
+    """The text of one choice: ASCII, so a token is a character."""
+
+    def __init__(self, stop: tuple[str, ...], emitted: Sequence[int], sent: int) -> None:
+        self.sent = sent
+        self.stopped = False
+        self._stop = stop
+        self._text = bytes(emitted).decode()
+
+    def push(self, token: int) -> str:
+        self._text += chr(token) if token < EOS else ""
+        for stop in self._stop:
+            found = self._text.find(stop)
+            if found >= 0:
+                self.stopped = True
+                return self._until(max(found, self.sent))
+        held = max((_overlap(self._text, stop) for stop in self._stop), default=0)
+        return self._until(len(self._text) - held)
+
+    def finish(self) -> str:
+        return self._until(len(self._text))
+
+    def _until(self, end: int) -> str:
+        piece = self._text[self.sent : end]
+        self.sent = max(self.sent, end)
+        return piece
+
+
+class FakeRunner:
+    """Writes token ids as KV, and draws by hashing what the cache holds of the prompt."""
+
+    def __init__(
+        self, blocks: int, options: FakeOptions, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.cache = KvCache(SHAPE, blocks)
+        self._options = options
+        self._sleep = sleep
+
+    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+        """See Runner.run."""
+        seconds = self._options.step_ms / 1000
+        if self._options.prefill_tps:
+            prefill = sum(s.end - s.start for s in slices if s.end - s.start > 1)
+            seconds += prefill / self._options.prefill_tps
+        if seconds:
+            self._sleep(seconds)
+        for piece in slices:
+            self._write(piece)
+        return [self._draw(s.sequence, choice) for s in slices for choice in s.choices]
+
+    def rates(self) -> Rates:
+        """What a measurement of this worker would find."""
+        step = self._options.step_ms / 1000
+        return Rates(self._options.prefill_tps or 1e6, step or 1e-4)
+
+    def _write(self, piece: Slice) -> None:
+        positions = np.arange(piece.start, piece.end)
+        tokens = piece.sequence.tokens[piece.start : piece.end]
+        blocks = np.asarray(piece.sequence.blocks)[positions // BLOCK_TOKENS]
+        for layer in range(SHAPE.layers):
+            self.cache.data[layer, :, blocks, positions % BLOCK_TOKENS, 0, 0] = np.asarray(
+                tokens, np.float32
+            )[:, None]
+
+    def _draw(self, sequence: batching.Sequence, choice: int) -> Sampled:
+        sampling, position = sequence.job.sampling, sequence.position
+        if position >= self._options.tokens and not sequence.job.limits.ignore_eos:
+            return Sampled(EOS)
+        count = sequence.prompt_len
+        seen = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
+        blocks = np.asarray(sequence.blocks)[seen // BLOCK_TOKENS]
+        kv = self.cache.data[:, :, blocks, seen % BLOCK_TOKENS]
+        prompt = zlib.crc32(np.ascontiguousarray(kv).data)
+        noise = (prompt, count, sampling.seed, sequence.job.prompt_index, choice, position)
+        digest = hashlib.blake2b(repr(noise).encode(), digest_size=1).digest()[0]
+        token = _ALPHABET[digest % len(_ALPHABET)]
+        top = tuple((_ALPHABET[i], -1.0 - i) for i in range(sampling.logprobs or 0))
+        return Sampled(token, -0.5, top)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
