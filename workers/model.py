@@ -7,23 +7,14 @@ each row its position, its slot in the paged cache, and what it attends to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels import reference as ops
 
 if TYPE_CHECKING:
-    from scheduler.models import ModelShape
-
-
-class Weights(Protocol):
-    """Where a model's weights come from: tensors by their Hugging Face names, as fp32."""
-
-    @property
-    def shape(self) -> ModelShape: ...
-
-    def tensor(self, name: str) -> torch.Tensor: ...
+    from workers.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +63,16 @@ class Layer:
 class Model:
     """Weights in memory, and the forward pass over them."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.shape = weights.shape
-        self.layers = [_layer(weights, f"model.layers.{i}.") for i in range(self.shape.layers)]
-        self.norm = weights.tensor("model.norm.weight")
-        table = weights.tensor("model.embed_tokens.weight")  # [V, D]
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.shape = checkpoint.shape
+        self.layers = [_layer(checkpoint, f"model.layers.{i}.") for i in range(self.shape.layers)]
+        self.norm = checkpoint.tensor("model.norm.weight")
+        table = checkpoint.tensor("model.embed_tokens.weight")  # [V, D]
         if self.shape.tied_embeddings:
             self.head = table.t().contiguous()  # [D, V]
             self.embedding = self.head.t()  # the same memory
         else:
-            self.head = weights.tensor("lm_head.weight").t().contiguous()
+            self.head = checkpoint.tensor("lm_head.weight").t().contiguous()
             self.embedding = table
 
     @torch.inference_mode()
@@ -124,18 +115,18 @@ class Model:
         return out.flatten(1)
 
 
-def _layer(weights: Weights, prefix: str) -> Layer:
+def _layer(checkpoint: Checkpoint, prefix: str) -> Layer:
     """Load one layer; matrices that read the same input become one."""
 
     def matrix(*names: str) -> torch.Tensor:
-        parts = [weights.tensor(f"{prefix}{name}.weight") for name in names]  # [out, in] each
+        parts = [checkpoint.tensor(f"{prefix}{name}.weight") for name in names]  # [out, in] each
         return torch.cat(parts).t().contiguous()
 
     return Layer(
-        attention_norm=weights.tensor(f"{prefix}input_layernorm.weight"),
+        attention_norm=checkpoint.tensor(f"{prefix}input_layernorm.weight"),
         qkv=matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_out=matrix("self_attn.o_proj"),
-        ffn_norm=weights.tensor(f"{prefix}post_attention_layernorm.weight"),
+        ffn_norm=checkpoint.tensor(f"{prefix}post_attention_layernorm.weight"),
         gate_up=matrix("mlp.gate_proj", "mlp.up_proj"),
         down=matrix("mlp.down_proj"),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,17 +13,19 @@ from workers.model import Batch, Decode, Model, Prefill
 from workers.sampling import Draw, sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from scheduler.batching import Slice
-    from workers.model import Weights
     from workers.runner import Sampled
+    from workers.weights.checkpoint import Checkpoint
+
+GROUP_BLOCKS = 128  # blocks of cache that one call of decode attention reads, unless it is one row
 
 
 class NativeRunner:
     """Runner on this machine's CPU, in `exact` mode."""
 
-    def __init__(self, checkpoint: Weights, kv_blocks: int, threads: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, kv_blocks: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self.model = Model(checkpoint)
         self.cache = KvCache(self.model.shape, kv_blocks)
@@ -82,22 +83,31 @@ def make_draws(slices: Sequence[Slice]) -> list[Draw]:
     ]
 
 
-def _decodes(newest: Iterable[tuple[int, Slice]]) -> Iterable[Decode]:
-    """Group single tokens by the size of their context, within a factor of two.
+def _decodes(newest: list[tuple[int, Slice]]) -> Iterator[Decode]:
+    """Group single tokens by the length of their context."""
+    group: list[tuple[int, Slice]] = []
+    for row, piece in sorted(newest, key=lambda item: item[1].end):
+        width = blocks_for(piece.end)
+        if group and not _fits(width, blocks_for(group[0][1].end), len(group) + 1):
+            yield _decode(group, blocks_for(group[-1][1].end))
+            group = []
+        group.append((row, piece))
+    if group:
+        yield _decode(group, blocks_for(group[-1][1].end))
 
-    Tables of a group are padded to its longest, so padding at most doubles what is read.
-    """
-    groups: defaultdict[int, list[tuple[int, Slice]]] = defaultdict(list)
-    for row, piece in newest:
-        groups[blocks_for(piece.end).bit_length()].append((row, piece))
-    for group in groups.values():
-        width = max(blocks_for(piece.end) for _, piece in group)
-        tables = torch.zeros(len(group), width, dtype=torch.int64)
-        for table, (_, piece) in zip(tables, group, strict=True):
-            blocks = piece.sequence.blocks[: blocks_for(piece.end)]
-            table[: len(blocks)] = torch.tensor(blocks)
-        yield Decode(
-            rows=torch.tensor([row for row, _ in group]),
-            tables=tables,
-            lengths=torch.tensor([piece.end for _, piece in group]),
-        )
+
+def _fits(widest: int, narrowest: int, count: int) -> bool:
+    """Padding at most doubles a group's reading, and what is read stays in the CPU's cache."""
+    return widest <= 2 * narrowest and widest * count <= GROUP_BLOCKS
+
+
+def _decode(group: list[tuple[int, Slice]], width: int) -> Decode:
+    tables = torch.zeros(len(group), width, dtype=torch.int64)
+    for table, (_, piece) in zip(tables, group, strict=True):
+        blocks = piece.sequence.blocks[: blocks_for(piece.end)]
+        table[: len(blocks)] = torch.tensor(blocks)
+    return Decode(
+        rows=torch.tensor([row for row, _ in group]),
+        tables=tables,
+        lengths=torch.tensor([piece.end for _, piece in group]),
+    )
