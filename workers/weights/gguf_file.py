@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from scheduler.errors import SetupError
 from scheduler.models import ModelShape
 from workers.weights import llama
+from workers.weights.gguf_header import read_gguf
 from workers.weights.gguf_tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from gguf import ReaderTensor
     from tokenizers import Tokenizer
 
 # What reading damaged bytes raises, in numpy and in the reader.
@@ -52,10 +51,9 @@ class GgufFile:
         """Raises SetupError if the file is damaged or of a model that is not supported."""
         self._path = path
         try:
-            reader = GGUFReader(path)
-            self._metadata = {key: field.contents() for key, field in reader.fields.items()}
+            self._metadata, tensors = read_gguf(path)
             self._check_architecture()
-            self._tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+            self._tensors = {_hugging_face_name(name): tensor for name, tensor in tensors.items()}
             self.shape = self._read_shape()
             self.eos_ids = frozenset(self._ids(_EOS_KEYS).values())
             self.special_tokens = self._special_tokens()
@@ -63,7 +61,7 @@ class GgufFile:
             raise self._damaged(error) from error
         self.chat_template: str | None = self._metadata.get("tokenizer.chat_template")
         llama.check_shape(path, self.shape)
-        dims = {name: _dimensions(tensor) for name, tensor in self._tensors.items()}
+        dims = {name: tensor.dims for name, tensor in self._tensors.items()}
         llama.check_tensors(path, self.shape, dims)
 
     @property
@@ -76,10 +74,10 @@ class GgufFile:
             name = llama.EMBEDDING
         stored = self._tensors[name]
         try:
-            values = dequantize(stored.data, stored.tensor_type)
+            values = dequantize(stored.data, stored.kind)
         except NotImplementedError as error:
             raise SetupError(
-                f"{self._path}: {name} is quantised as {stored.tensor_type.name}, which is not "
+                f"{self._path}: {name} is quantised as {stored.kind.name}, which is not "
                 "supported; choose another quantisation of this model, such as Q8_0 or Q4_K_M"
             ) from error
         if name.endswith("q_proj.weight"):
@@ -138,7 +136,7 @@ class GgufFile:
             kv_heads=int(self._number("attention.head_count_kv", heads)),
             head_dim=head_dim,
             ffn=int(self._number("feed_forward_length")),
-            vocab=_dimensions(self._tensors[llama.EMBEDDING])[0],
+            vocab=self._tensors[llama.EMBEDDING].dims[0],
             context_length=int(self._number("context_length")),
             rope_theta=float(self._number("rope.freq_base", 10_000.0)),
             norm_eps=float(self._number("attention.layer_norm_rms_epsilon")),
@@ -170,11 +168,6 @@ def _hugging_face_name(name: str) -> str:
         case [part, "weight"] if part in _TOP:
             return f"{_TOP[part]}.weight"
     return name
-
-
-def _dimensions(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Rows first: GGUF lists the fastest dimension first."""
-    return tuple(int(dim) for dim in reversed(tensor.shape))
 
 
 def _rotate_half_order(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -92,14 +92,14 @@ def _merger(tokens: list[str], merges: list[str], family: Family) -> BPE:
     pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("a merge of the tokenizer is not a pair")
-    missing = next((part for pair in pairs for part in pair if part not in vocabulary), None)
-    if missing is not None:
-        raise ValueError(f"the tokenizer merges {missing!r}, which is no token")
-    return BPE(
-        vocab=vocabulary,
-        merges=[(left, right) for left, right in pairs],
-        ignore_merges=family.ignore_merges,
-    )
+    try:
+        return BPE(
+            vocab=vocabulary,
+            merges=[(left, right) for left, right in pairs],
+            ignore_merges=family.ignore_merges,
+        )
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"the tokenizer's merges do not fit its tokens: {error}") from error
 
 
 def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:

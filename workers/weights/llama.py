@@ -60,6 +60,8 @@ def check_tensors(path: Path, shape: ModelShape, found: Mapping[str, tuple[int, 
     A weight that we would not use means a model that we would compute wrongly (biases, experts,
     scaled rotary frequencies), so it is refused like a missing one.
     """
+    if shape.layers > len(found):  # before a damaged count makes a long list
+        raise SetupError(f"{path}: it has {len(found)} weights for {shape.layers} layers")
     expected = llama_tensors(shape)
     for name, dims in expected.items():
         if name not in found:
