@@ -42,7 +42,7 @@ class EngineLoop:
         self._on_outputs = on_outputs
         self._on_broken = on_broken
         self._stepping = False
-        self._between: list[Callable[[], None]] = []  # what waits for the current step to end
+        self._between: list[Callable[[], object]] = []  # what waits for the current step to end
         self._wake = asyncio.Event()
         self._held: dict[Key, asyncio.Future[Held]] = {}
         self._granted: dict[Key, asyncio.Future[Sequence]] = {}
@@ -70,7 +70,8 @@ class EngineLoop:
     async def prefill(self, job: Job, prompt: TokenIds) -> Held:
         """Compute a prompt and its first tokens, and keep the KV until `release`."""
         key = (job.id, job.epoch)
-        future = self._held[key] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
+        self._held[key] = future
         try:
             await self._do(lambda: self.engine.add(job, prompt, hold=True))
             return await future
@@ -80,7 +81,8 @@ class EngineLoop:
     async def reserve(self, job: Job, prompt: TokenIds) -> Sequence:
         """Wait until blocks are held for a KV cache that will arrive."""
         key = (job.id, job.epoch)
-        future = self._granted[key] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Sequence] = asyncio.get_running_loop().create_future()
+        self._granted[key] = future
         try:
             await self._do(lambda: self.engine.reserve(job, prompt))
             return await future

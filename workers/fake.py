@@ -66,7 +66,7 @@ def parse_options(text: str) -> FakeOptions:
 
 
 class FakeText:
-    """Bytes as tokens. Implements what the engine needs of a tokenizer."""
+    """Bytes as tokens: implements workers.text.Tokens."""
 
     eos_ids = frozenset({EOS})
     fingerprint = "fake-1"
@@ -94,7 +94,10 @@ class FakeText:
         return bytes([token]) if token < EOS else b""
 
     def stream(
-        self, stop: tuple[str, ...], emitted: Sequence[int] = (), sent: int = 0
+        self,
+        stop: tuple[str, ...],
+        emitted: Sequence[int] = (),
+        sent: int = 0,
     ) -> FakeStream:
         return FakeStream(stop, emitted, sent)
 

@@ -12,6 +12,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -70,7 +71,9 @@ class WorkerService:
         self._config = config
         self._engine = engine
         self._rates = rates
-        fingerprint, cache = engine.text.fingerprint, engine.runner.cache
+        cache = engine.runner.cache
+        fingerprint = f"{engine.text.fingerprint}:{cache.layers}x{cache.kv_heads}x{cache.head_dim}"
+        self._fingerprint = fingerprint
         self._loop = EngineLoop(engine, self._on_outputs, self._on_broken)
         self._sender = KvSender(config.name, fingerprint, cache, config.secret)
         self._receiver = KvReceiver(fingerprint, cache, self._loop)
@@ -154,7 +157,7 @@ class WorkerService:
             model=config.model,
             role=config.role,
             address=address,
-            fingerprint=text.fingerprint,
+            fingerprint=self._fingerprint,
             context_length=text.context_length,
             kv_blocks=self._engine.batcher.pool.size,
             rates=self._rates,
@@ -198,11 +201,14 @@ class WorkerService:
                 key = (message.job.id, message.job.epoch)
                 task = asyncio.create_task(self._serve(message.job, message.handoff))
                 self._jobs[key] = task
-                task.add_done_callback(lambda _, key=key: self._jobs.pop(key, None))
+                task.add_done_callback(partial(self._done, key))
             elif isinstance(message, Cancel):
                 self._cancel((message.id, message.epoch))
             else:
                 raise ProtocolError(f"the router said {type(message).__name__} out of turn")
+
+    def _done(self, key: Key, task: asyncio.Task[None]) -> None:
+        del self._jobs[key]
 
     def _cancel(self, key: Key) -> None:
         if task := self._jobs.get(key):

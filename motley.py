@@ -1,0 +1,235 @@
+"""The command `motley`: the one place where the parts are put together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from scheduler.errors import SetupError
+from scheduler.messages import Address, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+HTTP_PORT, CLUSTER_PORT = 8000, 8100
+
+SERVE_EXAMPLES = """\
+MODEL is a known name (smollm2), a GGUF file, a folder of safetensors, or a Hugging Face repository
+as org/name; NAME=MODEL chooses the name that clients write. Several models share the router.
+
+examples:
+  motley serve
+  motley serve ./model.gguf --prefill 2 --decode 1
+  motley serve smollm2 chat=./folder --prefill 0 --decode 0 --mixed 1
+  motley serve smollm2 --cluster 0.0.0.0:8100    # workers on other machines may join
+"""
+WORKER_EXAMPLES = """\
+example, on another machine, with what `motley secret` prints on the router's:
+  MOTLEY_SECRET=… motley worker smollm2 --role decode --join 192.0.2.7:8100
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Exit codes: 0, or 2 when the operator must change something."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["bench"]:  # the load test has commands and exit codes of its own
+        from loadtest.cli import main as bench
+
+        return bench(arguments[1:])
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format=f"%(asctime)s [{getattr(options, 'name', None) or 'router'}] %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    try:
+        options.run(options)
+    except SetupError as error:
+        print(f"motley: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while still loading: nothing was started yet
+        return 130
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Router and workers on this machine."""
+    from serving.console import ready_text
+    from serving.run import LocalWorkers, RouterConfig, run_router
+    from serving.secret import cluster_secret
+    from workers.build import find
+
+    counts = {role: getattr(options, role) for role in Role}
+    models = [find(text) for text in options.models] if sum(counts.values()) else []
+    names = [model.name for model in models]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SetupError(f"two models are called {twice.pop()!r}: write NAME=MODEL for one of them")
+    workers = max(1, len(models) * sum(counts.values()))
+    config = RouterConfig(
+        http=Address(options.host, options.port),
+        cluster=options.cluster,
+        secret=cluster_secret(create=True),
+        workers=LocalWorkers(
+            models=tuple((model.name, model.location) for model in models),
+            counts=counts,
+            threads=options.threads or max(1, (os.cpu_count() or 1) // workers),
+            kv_tokens=options.kv_tokens,
+            verbose=options.verbose,
+        ),
+    )
+    _run(
+        lambda stop: run_router(
+            config, stop, lambda http, joins: print(ready_text(http, joins), flush=True)
+        )
+    )
+
+
+def _worker(options: argparse.Namespace) -> None:
+    """One worker that joins a router."""
+    from serving.secret import cluster_secret
+    from workers.build import EngineOptions, build, find
+    from workers.run import run_worker
+    from workers.service import WorkerConfig, WorkerService
+
+    secret = cluster_secret(create=False)
+    model = find(options.model)
+    threads = options.threads or os.cpu_count() or 1
+    engine, rates = build(model, EngineOptions(options.kv_tokens, threads))
+    config = WorkerConfig(
+        name=options.name,
+        model=model.name,
+        role=Role(options.role),
+        router=options.join,
+        secret=secret.encode(),
+        listen_host=options.listen,
+        advertise_host=options.advertise,
+    )
+    _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
+
+
+def _secret(options: argparse.Namespace) -> None:
+    """Print what workers on other machines need."""
+    from serving.secret import cluster_secret
+
+    print(cluster_secret(create=True))
+
+
+def _run(main: Callable[[asyncio.Event], Coroutine[object, object, None]]) -> None:
+    """Run `main` with an event that the first Ctrl-C or SIGTERM sets; the second one kills."""
+
+    async def run() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def ask() -> None:
+            stop.set()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ask)
+        await main(stop)
+
+    from uvloop import new_event_loop
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="motley",
+        description="Serve LLMs behind one OpenAI-compatible endpoint on machines not alike.",
+        epilog="`motley COMMAND --help` has examples; `motley bench --help` is the load test.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _serve_arguments(_command(commands, "serve", _serve, SERVE_EXAMPLES))
+    _worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
+    _command(commands, "secret", _secret, "example:\n  motley secret\n")
+    commands.add_parser("bench", help="Measure an OpenAI endpoint: load test, search, report.")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    examples: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=run.__doc__,
+        description=run.__doc__,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--verbose", action="store_true", help="log more")
+    return command
+
+
+def _serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", nargs="*", default=[DEFAULT_MODEL], metavar="MODEL")
+    command.add_argument("--prefill", type=_count, default=1, metavar="N", help="default 1")
+    command.add_argument("--decode", type=_count, default=1, metavar="N", help="default 1")
+    command.add_argument("--mixed", type=_count, default=0, metavar="N", help="default 0")
+    command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
+    command.add_argument(
+        "--port", type=_count, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
+    )
+    command.add_argument(
+        "--cluster",
+        type=_address,
+        default=Address("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help=f"where workers join, e.g. 0.0.0.0:{CLUSTER_PORT} (default: this machine only)",
+    )
+    _engine_arguments(command)
+
+
+def _worker_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--join", type=_address, required=True, metavar="HOST:PORT")
+    command.add_argument("--role", choices=[str(role) for role in Role], default="mixed")
+    command.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}")
+    command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
+    command.add_argument("--advertise", metavar="HOST", help="how other workers reach this one")
+    command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    _engine_arguments(command)
+
+
+def _engine_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threads", type=_count, default=0, metavar="N", help="of a worker (default: its share)"
+    )
+    command.add_argument(
+        "--kv-tokens",
+        type=_count,
+        default=16384,
+        metavar="N",
+        help="tokens of KV cache of a worker (default 16384)",
+    )
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _address(text: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 192.0.2.7:8100")
+    return Address(host.strip("[]"), int(port))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

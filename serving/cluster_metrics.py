@@ -1,0 +1,70 @@
+"""The cluster's state for Prometheus, read from the members at each scrape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serving.gateway import Gateway
+    from serving.members import Members
+
+_LABELS = ("worker", "model", "role")
+# What a worker's heartbeat says: field of Load, kind of metric, what it means.
+_LOAD = (
+    ("running", GaugeMetricFamily, "Sequences in the running batch."),
+    ("waiting", GaugeMetricFamily, "Sequences that wait for blocks or for their turn."),
+    ("free_blocks", GaugeMetricFamily, "Blocks of KV cache that nobody holds."),
+    ("steps", CounterMetricFamily, "Engine steps."),
+    ("tokens", CounterMetricFamily, "Tokens drawn."),
+    ("cancelled", CounterMetricFamily, "Jobs whose client left before their end."),
+    (
+        "cancel_steps_max",
+        GaugeMetricFamily,
+        "Most steps that ran between a cancel's arrival and its blocks being free.",
+    ),
+    ("preempted", CounterMetricFamily, "Sequences that gave their blocks to older ones."),
+    ("kv_bytes_sent", CounterMetricFamily, "KV cache handed to other workers, in bytes."),
+    ("kv_bytes_received", CounterMetricFamily, "KV cache taken from other workers, in bytes."),
+)
+
+
+class ClusterCollector:
+    """A prometheus_client collector: register it in the router's registry."""
+
+    def __init__(self, members: Members, gateway: Gateway) -> None:
+        self._members = members
+        self._gateway = gateway
+
+    def collect(self) -> Iterator[Metric]:
+        members = self._members.of()
+        labels = {m: (m.join.name, m.join.model, m.join.role) for m in members}
+        blocks = GaugeMetricFamily(
+            "motley_worker_kv_blocks", "Blocks of KV cache in all.", labels=_LABELS
+        )
+        for member in members:
+            blocks.add_metric(labels[member], member.join.kv_blocks)
+        yield blocks
+        for field, kind, meaning in _LOAD:
+            family = kind(f"motley_worker_{field}", meaning, labels=_LABELS)
+            for member in members:
+                if member.load:
+                    family.add_metric(labels[member], getattr(member.load, field))
+            yield family
+        yield GaugeMetricFamily("motley_workers", "Workers that are here.", len(members))
+        yield CounterMetricFamily(
+            "motley_workers_lost", "Worker connections that ended.", self._members.lost
+        )
+        yield CounterMetricFamily(
+            "motley_routes_degraded",
+            "Requests placed on a worker whose role it was not, for want of another.",
+            self._gateway.degraded,
+        )
+        yield CounterMetricFamily(
+            "motley_requests_replayed",
+            "Requests, or choices of them, started again on another worker.",
+            self._gateway.replayed,
+        )

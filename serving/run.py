@@ -1,0 +1,115 @@
+"""The router process: HTTP in front, the cluster port behind, local workers if asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scheduler.messages import Address
+from scheduler.transport import listen
+from serving.app import build_app, serve
+from serving.cluster_metrics import ClusterCollector
+from serving.deploy.local import LocalDeployment, WorkerSpec
+from serving.gateway import Gateway
+from serving.members import Members
+from serving.metrics import Metrics
+from serving.openai.limits import HttpLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from scheduler.messages import Join, Role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWorkers:
+    """The workers to start beside the router: so many of each role for each (name, location)."""
+
+    models: tuple[tuple[str, str], ...]
+    counts: dict[Role, int]
+    threads: int  # compute threads of each worker
+    kv_tokens: int
+    verbose: bool
+
+    def specs(self, cluster: Address) -> list[WorkerSpec]:
+        """One spec a worker; `cluster` is where the router listens for them."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(cluster.host, cluster.host)
+        common = (
+            *("--join", f"{host}:{cluster.port}", "--listen", cluster.host, "--child"),
+            *("--threads", str(self.threads), "--kv-tokens", str(self.kv_tokens)),
+            *(("--verbose",) if self.verbose else ()),
+        )
+        specs = []
+        for model, location in self.models:
+            prefix = f"{model}-" if len(self.models) > 1 else ""
+            for role, count in self.counts.items():
+                for number in range(count):
+                    name = f"{prefix}{role}-{number}"
+                    arguments = (f"{model}={location}", "--role", role, "--name", name)
+                    specs.append(WorkerSpec(name, (*arguments, *common)))
+        return specs
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What one router process needs to know."""
+
+    http: Address
+    cluster: Address  # where workers join
+    secret: str
+    workers: LocalWorkers
+
+
+async def run_router(
+    config: RouterConfig,
+    stop: asyncio.Event,
+    on_ready: Callable[[tuple[str, int], list[Join]], None],
+) -> None:
+    """Serve until `stop`; then nothing that this process started is left.
+
+    `on_ready` is told the HTTP address and who serves, once, when every local worker has joined.
+    Raises SetupError if a port is taken or a worker cannot start.
+    """
+    members, metrics = Members(), Metrics()
+    gateway = Gateway(members, frozenset(name for name, _ in config.workers.models))
+    metrics.registry.register(ClusterCollector(members, gateway))
+    secret = config.secret.encode()
+    async with AsyncExitStack() as stack:
+        bound = await stack.enter_async_context(
+            listen(config.cluster.host, config.cluster.port, secret, members.serve)
+        )
+        app = build_app(gateway, metrics, HttpLimits())
+        http = await stack.enter_async_context(serve(app, config.http.host, config.http.port))
+        specs = config.workers.specs(Address(*bound))
+        deployment = LocalDeployment(specs, config.secret, lambda name: bool(members.get(name)))
+
+        async def announce() -> None:
+            while not all(members.get(spec.name) for spec in specs):
+                await members.changed()
+            on_ready(http, [member.join for member in members.of()])
+
+        tasks = [asyncio.create_task(announce())]
+        if specs:
+            tasks.append(asyncio.create_task(deployment.run()))
+        await _until(stop, tasks)
+
+
+async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[Any]]) -> None:
+    """Wait for `stop`, or raise what a task raises; no task outlives this."""
+    stopping = asyncio.create_task(stop.wait())
+    pending = {stopping, *tasks}
+    try:
+        while stopping in pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)

@@ -1,0 +1,55 @@
+"""The cluster secret: what lets a worker join, and nobody else."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from scheduler.errors import SetupError
+
+VARIABLE = "MOTLEY_SECRET"
+
+
+def cluster_secret(*, create: bool) -> str:
+    """The secret from the environment, else from this user's file.
+
+    Without either, `create` makes the file; otherwise raises SetupError that says what to do.
+    """
+    if secret := os.environ.get(VARIABLE):
+        return secret
+    path = _path()
+    try:
+        if create:
+            _create(path)
+        return path.read_text().strip()
+    except FileNotFoundError:
+        raise SetupError(
+            f"no cluster secret: run `motley secret` on the router's machine, and start this "
+            f"process with {VARIABLE} set to what it prints"
+        ) from None
+    except OSError as error:
+        raise SetupError(f"cannot use {path}: {error}; or set {VARIABLE}") from error
+
+
+def _path() -> Path:
+    home = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(home) if home else Path.home() / ".config") / "motley" / "secret"
+
+
+def _create(path: Path) -> None:
+    """Write a new secret, whole or not at all, unless there is one."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"secret.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        if not path.exists():
+            os.link(draft, path)
+    except FileExistsError:
+        pass  # another process was first: its secret it is
+    finally:
+        draft.unlink()

@@ -1,0 +1,110 @@
+"""From a model's name to everything a worker runs: the one place that chooses the engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scheduler.batching import Batcher
+from scheduler.blocks import BlockPool, blocks_for
+from scheduler.errors import SetupError
+from workers.engine import Engine
+from workers.fake import FakeRunner, FakeText, parse_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scheduler.messages import Rates
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model by the name that clients use, and where it is: a path, or `fake:…`."""
+
+    name: str
+    location: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.location}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much a worker may use."""
+
+    kv_tokens: int
+    threads: int
+    max_step_tokens: int = 512
+    max_sequences: int = 64
+
+
+def find(text: str) -> Model:
+    """Understand a model as the operator wrote it, fetching it if need be.
+
+    `fake` or `fake:step_ms=5` is the worker without a model; for all others see
+    workers.weights.catalogue. Raises SetupError that says what to do.
+    """
+    name, _, location = text.partition("=") if not text.startswith("fake") else ("fake", "", text)
+    if location.partition(":")[0] == "fake":
+        parse_options(location.partition(":")[2])
+        return Model(name, location)
+    with _engine_installed():
+        from workers.weights.catalogue import resolve
+    source = resolve(text)
+    return Model(source.name, str(source.path))
+
+
+def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
+    """Load a model and measure it. Raises SetupError that says what to do."""
+    batcher = Batcher(
+        BlockPool(blocks_for(options.kv_tokens)),
+        max_step_tokens=options.max_step_tokens,
+        max_sequences=options.max_sequences,
+    )
+    kind, _, fake_options = model.location.partition(":")
+    if kind == "fake":
+        fake = parse_options(fake_options)
+        runner = FakeRunner(batcher.pool.size, fake)
+        return Engine(runner, FakeText(fake.context), batcher), runner.rates()
+    return _native(model, options, batcher)
+
+
+def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Engine, Rates]:
+    with _engine_installed():
+        from workers.measure import measure
+        from workers.native import NativeRunner
+        from workers.text import Text
+        from workers.weights.checkpoint import open_checkpoint
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(Path(model.location))
+    try:
+        text = Text.from_checkpoint(checkpoint)
+        runner = NativeRunner(checkpoint, batcher.pool.size, options.threads)
+    finally:
+        checkpoint.close()
+    rates = measure(runner)
+    logger.info(
+        "%s ready in %.1f s: prefill %.0f tokens/s, decode %.1f ms per token",
+        model.name,
+        time.perf_counter() - started,
+        rates.prefill_tokens_per_s,
+        1000 * rates.decode_s_per_token,
+    )
+    return Engine(runner, text, batcher), rates
+
+
+@contextmanager
+def _engine_installed() -> Iterator[None]:
+    """Importing the engine's parts: they are an extra, and heavy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"{error.name} is not installed, which computing needs: pip install '.[engine]'"
+        ) from error
