@@ -63,7 +63,7 @@ def resolve(name_or_path: str) -> ModelSource:
         if name_or_path.lower() in (name, *entry.aliases):
             return ModelSource(name, fetch(entry.file, models_folder()))
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if name_or_path and path.exists():
         return _local(path)
     if _HUB_REPOSITORY.fullmatch(name_or_path) and path.suffix != ".gguf":
         return ModelSource(name_or_path, _download_repository(name_or_path))

