@@ -16,6 +16,8 @@ from scheduler.messages import Address, Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+logger = logging.getLogger("motley")
+
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, CLUSTER_PORT = 8000, 8100
 
@@ -99,6 +101,7 @@ def _worker(options: argparse.Namespace) -> None:
     from workers.service import WorkerConfig, WorkerService
 
     secret = cluster_secret(create=False)
+    logger.info("process %d", os.getpid())
     model = find(options.model)
     threads = options.threads or os.cpu_count() or 1
     engine, rates = build(model, EngineOptions(options.kv_tokens, threads))

@@ -50,8 +50,10 @@ def find(text: str) -> Model:
     `fake` or `fake:step_ms=5` is the worker without a model; for all others see
     workers.weights.catalogue. Raises SetupError that says what to do.
     """
-    name, _, location = text.partition("=") if not text.startswith("fake") else ("fake", "", text)
-    if location.partition(":")[0] == "fake":
+    name, _, location = text.partition("=")
+    if _kind(text) == "fake":
+        name, location = "fake", text
+    if _kind(location) == "fake":
         parse_options(location.partition(":")[2])
         return Model(name, location)
     with _engine_installed():
@@ -67,12 +69,15 @@ def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
         max_step_tokens=options.max_step_tokens,
         max_sequences=options.max_sequences,
     )
-    kind, _, fake_options = model.location.partition(":")
-    if kind == "fake":
-        fake = parse_options(fake_options)
+    if _kind(model.location) == "fake":
+        fake = parse_options(model.location.partition(":")[2])
         runner = FakeRunner(batcher.pool.size, fake)
         return Engine(runner, FakeText(fake.context), batcher), runner.rates()
     return _native(model, options, batcher)
+
+
+def _kind(location: str) -> str:
+    return location.partition(":")[0]
 
 
 def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Engine, Rates]:
