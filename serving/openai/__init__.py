@@ -1,0 +1,1 @@
+"""OpenAI's wire format and our own words, each turned into the other."""

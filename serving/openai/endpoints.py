@@ -1,0 +1,192 @@
+"""The two generation endpoints: a body in, a whole answer or server-sent events out.
+
+Headers are held until the generator has accepted a request, so a prompt that only the tokenizer
+finds too long is still a 400. Whatever ends a request, the generator's context is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from scheduler.errors import BadRequest
+from serving.metrics import CLIENT_LEFT, OK
+from serving.openai import requests
+from serving.openai.errors import failure_of, status_of
+from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serving.ask import Generator, Stream
+    from serving.metrics import Metrics, RequestRecord
+    from serving.openai.limits import HttpLimits
+    from serving.openai.replies import Reply
+    from serving.openai.requests import Call
+
+# Set on every request before a handler sees it.
+REQUEST_ID = web.RequestKey("request_id", str)
+
+_SSE_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold events back
+}
+
+
+class Dialect(NamedTuple):
+    """How one endpoint reads a body and words an answer."""
+
+    id_prefix: str
+    parse: Callable[[bytes, str, float, HttpLimits], Call]
+    reply: Callable[[Call], Reply]
+
+
+CHAT = Dialect("chatcmpl", requests.chat, ChatReply)
+COMPLETION = Dialect("cmpl", requests.completion, CompletionReply)
+
+
+class Endpoints:
+    """POST /v1/chat/completions and POST /v1/completions, on any Generator."""
+
+    def __init__(self, generator: Generator, metrics: Metrics, limits: HttpLimits) -> None:
+        self._generator = generator
+        self._metrics = metrics
+        self._limits = limits
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._counted(CHAT, request)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._counted(COMPLETION, request)
+
+    async def _counted(self, dialect: Dialect, request: web.Request) -> web.StreamResponse:
+        with self._metrics.request() as record:
+            try:
+                return await self._answer(dialect, request, record)
+            except Exception as error:
+                record.code = status_of(error)
+                raise
+
+    async def _answer(
+        self, dialect: Dialect, request: web.Request, record: RequestRecord
+    ) -> web.StreamResponse:
+        created = time.time()
+        ask_id = f"{dialect.id_prefix}-{request[REQUEST_ID]}"
+        body = await read_body(request, self._limits)
+        call = dialect.parse(body, ask_id, created, self._limits)
+        if any(info.name == call.ask.model for info in self._generator.models()):
+            record.model = call.ask.model
+        reply = dialect.reply(call)
+        if call.stream:
+            events = Events(request, self._limits.stall_s)
+            await self._stream(call, reply, events, record)
+            return events.response
+        return await self._whole(call, reply, record)
+
+    async def _whole(self, call: Call, reply: Reply, record: RequestRecord) -> web.Response:
+        collected = Collected()
+        async with self._generator.open(call.ask) as stream:
+            _accept(record, call, stream)
+            async for delta in stream:
+                record.saw(delta)
+                collected.add(delta)
+        body = reply.body(collected.choices(), _usage(record))
+        record.code = OK
+        return web.Response(body=body, content_type="application/json")
+
+    async def _stream(
+        self, call: Call, reply: Reply, events: Events, record: RequestRecord
+    ) -> None:
+        try:
+            async with self._generator.open(call.ask) as stream:
+                _accept(record, call, stream)
+                await events.begin()
+                async for delta in stream:
+                    record.saw(delta)
+                    await events.send(reply.chunk(delta))
+            usage = reply.usage_chunk(_usage(record)) if call.include_usage else b""
+            await events.send(usage + DONE)
+            record.code = OK
+        except ClientLeft:
+            record.code = CLIENT_LEFT
+        except Exception as error:
+            if not events.begun:
+                raise
+            record.code = status_of(error)
+            with suppress(ClientLeft):
+                await events.send(failure_of(error, events.request_id).event)
+
+
+class ClientLeft(Exception):
+    """The connection is gone, or the client has stopped reading."""
+
+
+class Events:
+    """One response of server-sent events. A slow client is waited for, `stall_s` at most."""
+
+    def __init__(self, request: web.Request, stall_s: float) -> None:
+        self.response = web.StreamResponse(headers=_SSE_HEADERS)
+        self.begun = False
+        self._request = request
+        self._stall_s = stall_s
+
+    @property
+    def request_id(self) -> str:
+        return self._request[REQUEST_ID]
+
+    async def begin(self) -> None:
+        """Send the headers. Raises ClientLeft."""
+        self.begun = True
+        try:
+            await self.response.prepare(self._request)
+        except ConnectionError:
+            raise ClientLeft from None
+
+    async def send(self, event: bytes) -> None:
+        """Returns when the client's socket has room for more. Raises ClientLeft."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self.response.write(event)
+        except ConnectionError:
+            raise ClientLeft from None
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()  # or aiohttp would wait to send the rest
+            raise ClientLeft from None
+
+
+async def read_body(request: web.Request, limits: HttpLimits) -> bytes:
+    """The whole body. Raises BadRequest if it is too large, too slow, or damaged."""
+    too_large = BadRequest(
+        f"The body must be at most {limits.body_bytes} bytes.", code="body_too_large", status=413
+    )
+    if (request.content_length or 0) > limits.body_bytes:
+        raise too_large
+    try:
+        async with asyncio.timeout(limits.body_s):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large from None
+    except TimeoutError:
+        message = f"The body did not arrive within {limits.body_s:g} s."
+        raise BadRequest(message, code="body_too_slow", status=408) from None
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        message = f"The body is not encoded as its headers say: {error}."
+        raise BadRequest(message, code="invalid_encoding") from None
+
+
+def _accept(record: RequestRecord, call: Call, stream: Stream) -> None:
+    record.model = call.ask.model
+    record.prompt_tokens = stream.prompt_tokens
+    record.choices = call.ask.n * len(call.ask.prompts)
+
+
+def _usage(record: RequestRecord) -> Usage:
+    prompt, completion = record.prompt_tokens, record.completion_tokens
+    return Usage(prompt, completion, prompt + completion)

@@ -1,0 +1,250 @@
+"""Deltas as OpenAI's bodies and server-sent events.
+
+What is the same in every chunk of a stream is encoded once, so that a token costs one small encode.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import defaultdict
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+from scheduler.messages import FinishReason
+from serving.ask import Delta
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scheduler.messages import TokenLogprob
+    from serving.openai.requests import Call
+
+DONE = b"data: [DONE]\n\n"
+# JSON has no −inf; OpenAI says −9999 for "very unlikely".
+LOGPROB_MIN = -9999.0
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What every chunk of a stream repeats."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
+class ChatTop(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTop]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    content: list[ChatToken]
+    refusal: None = None
+
+
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    content: str
+    role: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatPiece(msgspec.Struct, frozen=True):
+    """One choice of a chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One choice of a whole body."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    """One choice, of a chunk and of a whole body alike."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Reply:
+    """One request's answer. A subclass says what a choice looks like."""
+
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, call: Call) -> None:
+        ask = call.ask
+        kind = self.chunk_object if call.stream else self.whole_object
+        envelope = _encode(Envelope(ask.id, kind, int(ask.created), ask.model))
+        self._head = envelope[:-1] + b',"choices":['
+        self._event_head = b"data: " + self._head
+        self._event_tail = b'],"usage":null}\n\n' if call.include_usage else b"]}\n\n"
+        self._with_logprobs = ask.sampling.logprobs is not None
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The event that carries `delta`."""
+        return b"".join((self._event_head, _encode(self._piece(delta)), self._event_tail))
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The event that ends a stream of a client that asked for usage."""
+        return b"".join((self._event_head, b'],"usage":', _encode(usage), b"}\n\n"))
+
+    def body(self, choices: Sequence[Delta], usage: Usage) -> bytes:
+        """The whole answer; `choices` holds one Delta for each."""
+        encoded = b",".join(_encode(self._choice(choice)) for choice in choices)
+        return b"".join((self._head, encoded, b'],"usage":', _encode(usage), b"}"))
+
+    def _piece(self, delta: Delta) -> msgspec.Struct:
+        raise NotImplementedError
+
+    def _choice(self, choice: Delta) -> msgspec.Struct:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._begun: set[int] = set()
+
+    def _piece(self, delta: Delta) -> ChatPiece:
+        role = None
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            role = "assistant"
+        content = ChatDelta(delta.text, role)
+        return ChatPiece(delta.index, content, self._logprobs(delta), delta.finish)
+
+    def _choice(self, choice: Delta) -> ChatChoice:
+        message = ChatMessage(choice.text)
+        return ChatChoice(choice.index, message, self._logprobs(choice), choice.finish)
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        return ChatLogprobs([_chat_token(token) for token in delta.logprobs])
+
+
+class CompletionReply(Reply):
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._offsets: defaultdict[int, Offsets] = defaultdict(Offsets)
+
+    def _piece(self, delta: Delta) -> TextChoice:
+        return TextChoice(delta.index, delta.text, self._logprobs(delta), delta.finish)
+
+    def _choice(self, choice: Delta) -> TextChoice:
+        return self._piece(choice)
+
+    def _logprobs(self, delta: Delta) -> TextLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        offsets = self._offsets[delta.index]
+        return TextLogprobs(
+            tokens=[token.token for token in delta.logprobs],
+            token_logprobs=[_finite(token.logprob) for token in delta.logprobs],
+            top_logprobs=[_text_top(token) for token in delta.logprobs],
+            text_offset=[offsets.take(token.raw) for token in delta.logprobs],
+        )
+
+
+class Offsets:
+    """Where in a choice's text, in characters, each token begins.
+
+    Counted on bytes: a token may hold only a part of a character, and then begins where it does.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def take(self, raw: bytes) -> int:
+        start = self._characters
+        self._characters += len(self._decoder.decode(raw))
+        return start
+
+
+class Collected:
+    """The choices of an answer that is not streamed, as they grow."""
+
+    def __init__(self) -> None:
+        self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
+
+    def add(self, delta: Delta) -> None:
+        self._deltas[delta.index].append(delta)
+
+    def choices(self) -> list[Delta]:
+        """One Delta for each choice, in the order of their indices."""
+        return [_join(self._deltas[index]) for index in sorted(self._deltas)]
+
+
+def _join(deltas: list[Delta]) -> Delta:
+    last = deltas[-1]
+    assert last.finish is not None, f"choice {last.index} ended without a reason"
+    return Delta(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        tokens=sum(delta.tokens for delta in deltas),
+        logprobs=tuple(token for delta in deltas for token in delta.logprobs),
+        finish=last.finish,
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(LOGPROB_MIN, logprob)
+
+
+def _chat_token(token: TokenLogprob) -> ChatToken:
+    top = [ChatTop(other.token, _finite(other.logprob), list(other.raw)) for other in token.top]
+    return ChatToken(token.token, _finite(token.logprob), list(token.raw), top)
+
+
+def _text_top(token: TokenLogprob) -> dict[str, float]:
+    """The drawn token is always there. Of tokens with the same text, the likeliest counts."""
+    top = {token.token: _finite(token.logprob)}
+    for other in token.top:
+        top[other.token] = max(top.get(other.token, LOGPROB_MIN), _finite(other.logprob))
+    return top
