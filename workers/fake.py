@@ -47,7 +47,7 @@ SHAPE = ModelShape(
 )
 
 
-class FakeOptions(msgspec.Struct, frozen=True):
+class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What follows `fake:` in a model's name, as in `fake:step_ms=5,tokens=64`."""
 
     tokens: int = 16  # length of an answer that nothing else ends

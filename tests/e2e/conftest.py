@@ -59,6 +59,11 @@ class Cluster:
         """Process ids of the workers, and of whatever they started."""
         return _descendants(self.process.pid)
 
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Signal the front process only, and wait; gives its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_S)
+
     @staticmethod
     def alive(pids: list[int]) -> list[int]:
         """Those that still run; a zombie does not."""
