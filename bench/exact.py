@@ -96,10 +96,11 @@ def compare(runner: Runner, cases: list[Case], mode: str) -> list[Verdict]:
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
     )
-    return [_verdict(case, mode, ours) for case, ours in zip(cases, emitted, strict=True)]
+    return [compare_tokens(case, mode, ours) for case, ours in zip(cases, emitted, strict=True)]
 
 
-def _verdict(case: Case, mode: str, ours: TokenIds) -> Verdict:
+def compare_tokens(case: Case, mode: str, ours: TokenIds) -> Verdict:
+    """Equal up to where they part for the first time: what follows answers another prompt."""
     pairs = enumerate(zip(ours, case.tokens, strict=True))
     equal = next((i for i, (mine, theirs) in pairs if mine != theirs), len(ours))
     return Verdict(

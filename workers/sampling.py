@@ -87,6 +87,18 @@ def noise(seed: int, prompt_index: int, choice: int, position: int, vocab: int) 
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
+def kept(weights: Row, s: Sampling) -> Ids:
+    """Token ids, ascending, that top-k, top-p and min-p leave, out of unnormalised weights [V]."""
+    ids = np.arange(len(weights))
+    if 0 < s.top_k < len(weights):
+        ids = np.sort(_largest(weights, s.top_k))
+    if s.top_p < 1.0:
+        ids = ids[_nucleus(weights[ids], s.top_p)]
+    if s.min_p > 0.0:
+        ids = ids[weights[ids] >= s.min_p * weights.max()]
+    return ids
+
+
 def _sample_one(raw: npt.NDArray[np.float32], draw: Draw) -> Sampled:
     s = draw.sampling
     row = raw.astype(np.float64)
@@ -133,23 +145,12 @@ def _draw(row: Row, draw: Draw) -> int:
     Gumbel-max in its exponential form: the least of -log(u) / p wins with probability p.
     """
     s = draw.sampling
-    weights = np.exp((row - row.max()) / s.temperature)
-    kept = _kept(weights, s)
+    with np.errstate(over="ignore"):  # to -inf, at the lowest temperatures
+        weights = np.exp((row - row.max()) / s.temperature)
+    ids = kept(weights, s)
     u = noise(s.seed, draw.prompt_index, draw.choice, draw.position, len(row))
-    with np.errstate(divide="ignore"):  # a weight that underflowed to 0 never wins
-        return int(kept[np.argmin(-np.log(u[kept]) / weights[kept])])
-
-
-def _kept(weights: Row, s: Sampling) -> Ids:
-    """Token ids, ascending, that top-k, top-p and min-p leave, out of unnormalised weights [V]."""
-    kept = np.arange(len(weights))
-    if 0 < s.top_k < len(weights):
-        kept = np.sort(_largest(weights, s.top_k))
-    if s.top_p < 1.0:
-        kept = kept[_nucleus(weights[kept], s.top_p)]
-    if s.min_p > 0.0:
-        kept = kept[weights[kept] >= s.min_p * weights.max()]
-    return kept
+    with np.errstate(divide="ignore", over="ignore"):  # a weight of (nearly) 0 never wins
+        return int(ids[np.argmin(-np.log(u[ids]) / weights[ids])])
 
 
 def _nucleus(weights: Row, top_p: float) -> Ids:
