@@ -1,0 +1,59 @@
+"""What tests of several packages share: jobs, and the fake engine that can serve them."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.batching import Batcher
+from scheduler.blocks import BlockPool
+from scheduler.request import Job, Limits, Prompt, Sampling
+from workers.engine import Engine
+from workers.fake import FakeOptions, FakeRunner, FakeText
+
+
+def _job(
+    text: str | None = "once upon a time",
+    *,
+    id: str = "job",  # noqa: A002  # the field's name
+    epoch: int = 1,
+    ids: list[int] | None = None,
+    choices: tuple[int, ...] = (0,),
+    seed: int = 7,
+    logprobs: int | None = None,
+    emitted: list[int] | None = None,
+    sent: int = 0,
+    **limits,
+) -> Job:
+    prompt = Prompt(text=text) if ids is None else Prompt(ids=ids)
+    return Job(
+        id=id,
+        epoch=epoch,
+        model="fake",
+        prompt=prompt,
+        sampling=Sampling(seed=seed, logprobs=logprobs),
+        limits=Limits(**limits),
+        created=0.0,
+        choices=choices,
+        emitted=emitted or [],
+        sent=sent,
+    )
+
+
+def _engine(
+    blocks: int = 64, options: FakeOptions | None = None, runner=None, **batching: int
+) -> Engine:
+    options = options or FakeOptions()
+    batcher = Batcher(BlockPool(blocks), **batching)
+    return Engine(runner or FakeRunner(blocks, options), FakeText(options.context), batcher)
+
+
+@pytest.fixture(scope="session")
+def make_job():
+    """`make_job(text, id=…, max_tokens=…, stop=…)` -> Job."""
+    return _job
+
+
+@pytest.fixture(scope="session")
+def make_engine():
+    """`make_engine(blocks, options, runner, max_step_tokens=…)` -> Engine of the fake model."""
+    return _engine
