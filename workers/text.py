@@ -157,7 +157,7 @@ class Text:
 
     def _checked(self, ids: TokenIds) -> TokenIds:
         if not ids:
-            raise BadRequest("The prompt is empty.", param="prompt")
+            raise BadRequest("The prompt has no tokens.", param="prompt")
         size = len(self._vocabulary)
         wrong = next((token for token in ids if not 0 <= token < size), None)
         if wrong is not None:
@@ -171,7 +171,7 @@ class Text:
             raise BadRequest(f"Not valid Unicode: {error.reason}.", param=param) from error
         ids: TokenIds = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if not ids:
-            raise BadRequest("The prompt is empty.", param=param)
+            raise BadRequest("The prompt has no tokens.", param=param)
         return ids
 
     def _render(self, messages: tuple[Message, ...], created: float) -> str:

@@ -135,9 +135,7 @@ def test_a_download_that_does_not_end_is_given_up(tmp_path):
     stuck.write_text("#!/bin/sh\nexec sleep 60\n")
     stuck.chmod(0o755)
     begun = time.monotonic()
-    with pytest.raises(
-        SetupError, match=r"did not bring tiny==1.0 within 0.2 s; check the network"
-    ):
+    with pytest.raises(SetupError, match=r"tiny==1.0 within 0.2 s; check the network"):
         fetch(tiny(), tmp_path / "models", python=str(stuck), timeout_s=0.2)
     assert time.monotonic() - begun < 30
 

@@ -4,13 +4,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM
 
 from scheduler.errors import SetupError
 from scheduler.models import ModelShape
 from workers.weights.checkpoint import open_checkpoint
+from workers.weights.gguf_header import read_gguf
 
-D, F, V, H, K, E = 8, 16, 8, 4, 2, 2
+D, F, V, H, K, E = 16, 24, 8, 4, 2, 4
 TENSORS = {
     "token_embd.weight": (V, D),
     "output_norm.weight": (D,),
@@ -145,7 +147,7 @@ def test_tensors_and_tokenizer_outlive_the_file(tmp_path):
         ({"tensors": {"rope_freqs.weight": (E // 2,)}}, "it holds rope_freqs.weight"),
         ({"tensors": {"blk.0.attn_q.bias": (D,)}}, "it holds blk.0.attn_q.bias"),
         ({"leave_out": ["blk.0.ffn_up.weight"]}, "model.layers.0.mlp.up_proj.weight is missing"),
-        ({"llama__feed_forward_length": 24}, "[16, 8], its configuration says [24, 8]"),
+        ({"llama__feed_forward_length": 32}, "[24, 16], its configuration says [32, 16]"),
         ({"llama__block_count": 0}, "a dimension of the model is not positive"),
         ({"llama__block_count": 1 << 31}, "11 weights for 2147483648 layers"),
         ({"llama__attention__head_count_kv": 3}, "do not share 3 kv heads evenly"),
@@ -170,7 +172,7 @@ def test_a_quantisation_without_arithmetic_is_named(tmp_path):
     blob = bytearray(path.read_bytes())
     # After the name: dimension count (4 bytes), one dimension (8), then the type.
     place = blob.index(b"output_norm.weight") + len(b"output_norm.weight") + 12
-    blob[place] = gguf.GGMLQuantizationType.I32
+    blob[place] = GGMLQuantizationType.I32
     path.write_bytes(blob)
     assert "model.norm.weight is quantised as I32" in refusal(path)
 
@@ -227,11 +229,45 @@ def test_the_real_file_is_smollm2(smollm2):
     assert "<|im_start|>" in smollm2.chat_template
 
 
-@pytest.mark.model
-def test_every_weight_of_the_real_file_equals_transformers(smollm2, smollm2_path):
+def test_the_header_is_read_as_the_formats_own_library_does(smollm2_path):
+    theirs = gguf.GGUFReader(smollm2_path)
+    metadata, tensors = read_gguf(smollm2_path)
+    fields = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert metadata == {name: field.contents() for name, field in fields.items()}
+    assert list(tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        stored = tensors[tensor.name]
+        assert stored.kind == tensor.tensor_type
+        assert stored.dims == tuple(reversed(tensor.shape))
+        assert np.array_equal(stored.data.view(tensor.data.dtype), tensor.data)
+
+
+def test_every_weight_equals_transformers(tmp_path):
+    """The rows of queries and keys in particular, which the format keeps in another order."""
+    path = write(tmp_path / "tiny.gguf", tensors={"output.weight": (V, D)})
     oracle = AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+        tmp_path, gguf_file=path.name, dtype=torch.float32
     ).state_dict()
-    assert {*smollm2.names, "lm_head.weight"} == set(oracle)
-    different = [name for name in oracle if not torch.equal(smollm2.tensor(name), oracle[name])]
-    assert different == []
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.names) == set(oracle)
+    assert all(torch.equal(checkpoint.tensor(name), oracle[name]) for name in oracle)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0])
+def test_a_quantised_weight_is_what_its_blocks_say(smollm2, smollm2_path, kind):
+    """Block formats by hand, from ggml's ggml-common.h: a scale, for Q4_1 a minimum, 32 numbers."""
+    name = {
+        GGMLQuantizationType.Q4_1: ("blk.3.ffn_up.weight", "model.layers.3.mlp.up_proj.weight"),
+        GGMLQuantizationType.Q8_0: ("token_embd.weight", "model.embed_tokens.weight"),
+    }[kind]
+    stored = read_gguf(smollm2_path)[1][name[0]]
+    assert stored.kind == kind
+    block = bytes(stored.data[5])[: 20 if kind == GGMLQuantizationType.Q4_1 else 34]
+    scale = np.frombuffer(block[:2], np.float16).astype(np.float32)
+    if kind == GGMLQuantizationType.Q8_0:
+        expected = scale * np.frombuffer(block[2:], np.int8)
+    else:
+        minimum = np.frombuffer(block[2:4], np.float16).astype(np.float32)
+        packed = np.frombuffer(block[4:], np.uint8)
+        expected = scale * np.concatenate([packed & 15, packed >> 4]) + minimum
+    assert torch.equal(smollm2.tensor(name[1])[5, :32], torch.from_numpy(expected))
