@@ -64,7 +64,9 @@ class Endpoint(msgspec.Struct, frozen=True):
             body["stream_options"] = {"include_usage": True}
         if self.ignore_eos:
             body["ignore_eos"] = True
-        return self._frame("POST", _PATHS[self.api], headers or {}, msgspec.json.encode(body | self.extra))
+        return self._frame(
+            "POST", _PATHS[self.api], headers or {}, msgspec.json.encode(body | self.extra)
+        )
 
     def get(self, tail: str) -> bytes:
         return self._frame("GET", tail, {}, b"")

@@ -64,6 +64,11 @@ class Exchange:
         self._finished = False
         self._body = b""  # of an answer that is no stream
 
+    @property
+    def body(self) -> bytes:
+        """An answer that is no stream."""
+        return self._body
+
     def begin(self, response: Response) -> None:
         self.status = response.status
         if response.headers.get(b"content-type", b"").startswith(b"text/event-stream"):

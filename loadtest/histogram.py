@@ -59,6 +59,10 @@ class Histogram(msgspec.Struct):
         """(seconds, share of values up to it), ascending."""
         return [(_GROWTH**bucket, below / self.count) for bucket, below in self.cumulative()]
 
+    def values(self) -> list[tuple[float, int]]:
+        """(seconds, how many), ascending."""
+        return [(_middle(bucket), self.buckets[bucket]) for bucket in sorted(self.buckets)]
+
     @property
     def mean(self) -> float:
         return self.total / self.count if self.count else 0.0

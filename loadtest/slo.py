@@ -9,7 +9,7 @@ Three rules are in use, and tools that do not say which one they mean cannot be 
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import msgspec
 
@@ -40,6 +40,17 @@ class Slo(msgspec.Struct, frozen=True):
             and (self.ttft is None or outcome.ttft <= self.ttft * scale)
             and (self.tpot is None or outcome.tpot <= self.tpot * scale)
             and (self.e2e is None or outcome.e2e <= self.e2e * scale)
+        )
+
+    def criteria(self, outcome: Outcome) -> tuple[bool, ...]:
+        """What the rule counts shares of: all limits at once, or each limit by itself."""
+        if self.rule == "joint":
+            return (self.met(outcome),)
+        limits = (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e))
+        return tuple(
+            outcome.ok and getattr(outcome, name) <= limit
+            for name, limit in limits
+            if limit is not None
         )
 
     def deadline(self, tokens: int) -> float:
@@ -122,8 +133,10 @@ def _from_fields(fields: dict[str, str], option: str) -> Slo:
     rule = fields.get("rule", "joint")
     if rule not in ("joint", "each", "mean"):
         raise OptionError(option, f"rule {rule!r} is none of joint, each, mean")
-    limits = {name: seconds(fields[name], option) for name in fields.keys() & {"ttft", "tpot", "e2e"}}
-    return Slo(**limits, share=share, rule=rule)
+    limits = {
+        name: seconds(fields[name], option) for name in fields.keys() & {"ttft", "tpot", "e2e"}
+    }
+    return Slo(**limits, share=share, rule=cast("Rule", rule))
 
 
 def read_classes(path: Path) -> list[SloClass]:

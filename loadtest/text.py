@@ -20,8 +20,8 @@ house home old came water room night school small give head right side find fact
 set eyes turn face best tell light place door line done city young open feet car white full force
 hope story public field court money woman ground words love class air road level read seen body
 sound south hard music table game power north plan free need form human tree book land king
-""".split()
-WORDS = tuple(dict.fromkeys(_WORDS))
+"""
+WORDS = tuple(dict.fromkeys(_WORDS.split()))
 
 _CORPUS_WORDS = 32_768
 

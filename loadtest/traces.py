@@ -19,6 +19,7 @@ from loadtest.errors import OptionError
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable
 
 BUILT_IN = {
     "azure-conv": "azure2023_conv_0_1200s.csv",
@@ -110,7 +111,7 @@ def _azure(name: str, text: str) -> list[Row]:
     reader = csv.reader(text.splitlines())
     header = next(reader, [])
     if header == ["arrival_s", "input_tokens", "output_tokens"]:
-        clock = float
+        clock: Callable[[str], float] = float
     elif header == ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]:
         clock = _timestamp
     else:
@@ -119,7 +120,7 @@ def _azure(name: str, text: str) -> list[Row]:
             f"{name}: line 1 is neither TIMESTAMP,ContextTokens,GeneratedTokens "
             "nor arrival_s,input_tokens,output_tokens",
         )
-    rows = []
+    rows: list[Row] = []
     try:
         for fields in reader:
             at, asked, answered = fields
@@ -145,13 +146,15 @@ class _MooncakeRow(msgspec.Struct):
 
 def _mooncake(name: str, text: str) -> list[Row]:
     decode = msgspec.json.Decoder(_MooncakeRow).decode
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             found = decode(line)
-            row = Row(found.timestamp / 1e3, found.input_length, found.output_length, found.hash_ids)
+            row = Row(
+                found.timestamp / 1e3, found.input_length, found.output_length, found.hash_ids
+            )
             rows.append(_checked(row, len(rows)))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise OptionError("--trace", f"{name}: line {number}: {error}") from None

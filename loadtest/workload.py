@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from loadtest.api import Message
 from loadtest.arrivals import Realised, realised, schedule
-from loadtest.sizes import Sizes, parse
+from loadtest.sizes import parse
 from loadtest.text import Corpus
 from loadtest.traces import Row, read, scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from loadtest.api import Message
     from loadtest.spec import Spec
 
 
@@ -81,9 +81,12 @@ class Workload:
                     yield ask
             return
         for number in range(part, len(self.times), parts):
-            index = number * spec.turns
-            session = number if spec.turns > 1 else -1
-            yield self._ask(index, self.times[number], session)
+            yield self.arrival(number)
+
+    def arrival(self, number: int) -> Ask:
+        """The `number`-th of an open loop."""
+        turns = self._spec.turns
+        return self._ask(number * turns, self.times[number], number if turns > 1 else -1)
 
     def follow(self, ask: Ask, answer: str, ended: float) -> Ask | None:
         """What comes after the answer to `ask`, which ended at `ended`: a turn or a user's next."""
@@ -117,7 +120,7 @@ class Workload:
         if self._rows:
             row = self._rows[index]
             return Ask(index, at, group, row.input, row.output, session)
-        sizes: tuple[Sizes, Sizes] = self._sizes[group]
+        sizes = self._sizes[group]
         return Ask(index, at, group, sizes[0].draw(rng), sizes[1].draw(rng), session)
 
     def _from_pool(self, at: float) -> Ask | None:

@@ -1,0 +1,164 @@
+"""A whole run: in this process, or shared out over several that send what they saw here."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from loadtest.errors import LoadtestError
+from loadtest.outcome import Outcome
+from loadtest.run import Part, Runner
+from loadtest.spec import Spec
+from loadtest.workload import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LEAD = 0.05  # seconds from "ready" to the first request
+_LEAD_PROCESSES = 1.0  # while client processes start
+_TOLD_EVERY = 0.25
+_FRAME_LIMIT = 256 * 1024 * 1024
+
+
+class Run(msgspec.Struct):
+    """What was asked, what came of it in order of schedule, and what the client says of itself."""
+
+    spec: Spec
+    workload: Workload
+    outcomes: list[Outcome]
+    parts: list[Part]
+
+
+class Measurement:
+    """One run under way. `outcomes` grows while it runs; `stop` ends it early."""
+
+    def __init__(self, spec: Spec, workload: Workload | None = None) -> None:
+        self.spec = spec
+        self.workload = workload or Workload(spec)
+        self.outcomes: list[Outcome] = []
+        self.start = 0.0
+        self.started = asyncio.Event()  # `start` is known
+        self._stop: Callable[[], None] = lambda: None
+
+    def stop(self) -> None:
+        self._stop()
+
+    async def run(self) -> Run:
+        """Raises LoadtestError when a client process dies."""
+        if self.spec.processes == 1:
+            runner = Runner(self.spec, self.workload, self.outcomes.append)
+            self._stop = runner.stop
+            self._begin(_LEAD)
+            parts = [await runner.run(self.start)]
+        else:
+            self._begin(_LEAD_PROCESSES)
+            processes = [await self._spawn(part) for part in range(self.spec.processes)]
+            self._stop = partial(_hang_up, processes)
+            try:
+                parts = await asyncio.gather(*(self._listen(process) for process in processes))
+            finally:
+                for process in processes:
+                    await _end(process)
+        ordered = sorted(self.outcomes, key=lambda outcome: outcome.scheduled)
+        return Run(self.spec, self.workload, ordered, list(parts))
+
+    def _begin(self, lead: float) -> None:
+        self.start = monotonic() + lead
+        self.started.set()
+
+    async def _spawn(self, part: int) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "loadtest",
+            "_part",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdin is not None, "a pipe was asked for"
+        process.stdin.write(_frame(_Order(self.spec, part, self.start)))
+        await process.stdin.drain()
+        return process
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> Part:
+        assert process.stdout is not None, "a pipe was asked for"
+        while True:
+            try:
+                news = msgspec.msgpack.decode(await _read_frame(process.stdout), type=_News)
+            except asyncio.IncompleteReadError:
+                raise LoadtestError("a client process of the load test ended by itself") from None
+            self.outcomes.extend(news.outcomes)
+            if news.part is not None:
+                return news.part
+
+
+class _Order(msgspec.Struct):
+    spec: Spec
+    part: int
+    start: float  # CLOCK_MONOTONIC is one for all processes of a machine
+
+
+class _News(msgspec.Struct):
+    outcomes: list[Outcome]
+    part: Part | None = None
+
+
+async def serve_part() -> None:
+    """A client process: its order on stdin, its news on stdout; it stops when stdin closes."""
+    loop = asyncio.get_running_loop()
+    stdin = asyncio.StreamReader(limit=_FRAME_LIMIT)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin.buffer)
+    order = msgspec.msgpack.decode(await _read_frame(stdin), type=_Order)
+    unsent: list[Outcome] = []
+
+    def tell(part: Part | None = None) -> None:
+        if unsent or part:
+            sys.stdout.buffer.write(_frame(_News(unsent, part)))
+            sys.stdout.buffer.flush()
+            unsent.clear()
+
+    async def tell_often() -> None:
+        while True:
+            await asyncio.sleep(_TOLD_EVERY)
+            tell()
+
+    async def obey() -> None:
+        await stdin.read()
+        runner.stop()
+
+    workload = Workload(order.spec)
+    runner = Runner(order.spec, workload, unsent.append, order.part, order.spec.processes)
+    helpers = [loop.create_task(tell_often()), loop.create_task(obey())]
+    part = await runner.run(order.start)
+    for helper in helpers:
+        helper.cancel()
+    tell(part)
+
+
+def _frame(message: msgspec.Struct) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "big") + data
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+
+
+def _hang_up(processes: list[asyncio.subprocess.Process]) -> None:
+    for process in processes:
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    _hang_up([process])
+    try:
+        await asyncio.wait_for(process.wait(), timeout=5)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
