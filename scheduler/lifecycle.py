@@ -159,7 +159,10 @@ class Generation:
         if failure.kind is FailureKind.BAD_REQUEST:
             error = BadRequest(failure.message, param=failure.param, code=failure.code)
             return self._end(error)
-        self._split &= failure.kind is not FailureKind.HANDOFF
+        if failure.kind is FailureKind.HANDOFF:
+            self._split = False
+        else:
+            self._avoid.add(worker)
         return self._replay(failure.epoch, failure.message)
 
     def worker_lost(self, worker: str) -> list[Instruction]:
