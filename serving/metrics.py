@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from serving.ask import Delta
 
@@ -26,28 +26,34 @@ _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25,
 
 
 class RequestRecord:
-    """What is known of one request so far. Times are in seconds of `time.perf_counter`."""
+    """What is known of one request so far. Times are in seconds of `clock`."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._start = clock()
         self.model = UNKNOWN_MODEL
         self.code = CLIENT_LEFT  # until the handler has said something else
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.choices = 1
         self._first: float | None = None
-        self._last = self.start
+        self._last = self._start
 
     def saw(self, delta: Delta) -> None:
-        self._last = time.perf_counter()
+        self._last = self._clock()
         if self._first is None and delta.tokens:
             self._first = self._last
         self.completion_tokens += delta.tokens
 
     @property
+    def age(self) -> float:
+        """Seconds since arrival."""
+        return self._clock() - self._start
+
+    @property
     def ttft(self) -> float | None:
         """Seconds from arrival to the first token of any choice."""
-        return None if self._first is None else self._first - self.start
+        return None if self._first is None else self._first - self._start
 
     @property
     def tpot(self) -> float | None:
@@ -60,7 +66,8 @@ class RequestRecord:
 class Metrics:
     """The router's own registry: nothing is global, and others may register collectors in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "motley_requests_total",
@@ -105,7 +112,7 @@ class Metrics:
     @contextmanager
     def request(self) -> Iterator[RequestRecord]:
         """Counts one request, however it ends."""
-        record = RequestRecord()
+        record = RequestRecord(self._clock)
         self._in_flight.inc()
         try:
             yield record
@@ -121,7 +128,7 @@ class Metrics:
         model = record.model
         self._requests.labels(model, str(record.code)).inc()
         if record.code == OK:
-            self._duration.labels(model).observe(time.perf_counter() - record.start)
+            self._duration.labels(model).observe(record.age)
         if record.ttft is not None:
             self._ttft.labels(model).observe(record.ttft)
         if record.tpot is not None:
