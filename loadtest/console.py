@@ -79,8 +79,9 @@ def _verdict(console: Console, report: Report) -> None:
     for group in report.classes:
         word = "[bold green]met[/]" if group.attained else "[bold red]missed[/]"
         console.print(
-            f"SLO {word} by {group.name}: {group.share:.2%} of {group.scheduled} "
-            f"[{group.low:.2%}, {group.high:.2%}] within {group.slo}; "
+            f"SLO {word}{'' if len(report.classes) == 1 else f' by {group.name}'}: "
+            f"{group.share:.2%} of {group.scheduled} requests "
+            f"[{group.low:.2%}, {group.high:.2%}] within the limits; asked: {group.slo}; "
             f"p{group.slo.share * 100:g} TTFT {seconds_text(group.ttft)}, "
             f"TPOT {seconds_text(group.tpot)}",
             soft_wrap=True,

@@ -63,8 +63,11 @@ class Slo(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         limits = {"TTFT": self.ttft, "TPOT": self.tpot, "E2E": self.e2e}
-        parts = [f"{name} {value * 1e3:g} ms" for name, value in limits.items() if value]
-        return f"{' and '.join(parts) or 'no limit'}, {self.rule}, {self.share:.4g}"
+        percentile = f"p{self.share * 100:g} "
+        each = {"joint": "", "each": percentile, "mean": "mean "}[self.rule]
+        parts = [f"{each}{name} ≤ {value * 1e3:g} ms" for name, value in limits.items() if value]
+        words = " and ".join(parts) or "no limit"
+        return f"{words} for {self.share * 100:g} %" if self.rule == "joint" else words
 
 
 class SloClass(msgspec.Struct, frozen=True):
