@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,9 @@ from loadtest.errors import WireError
 from loadtest.wire import Events, Response
 
 EVENTS = [b'{"a":1}', b"first\nsecond", b"[DONE]", b""]
-STREAM = b': hello\n\ndata: {"a":1}\n\nevent: x\ndata: first\ndata:second\n\ndata: [DONE]\n\ndata\n\n'
+STREAM = (
+    b': hello\n\ndata: {"a":1}\n\nevent: x\ndata: first\ndata:second\n\ndata: [DONE]\n\ndata\n\n'
+)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
@@ -19,7 +23,7 @@ def chunked(body: bytes, size: int) -> bytes:
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted({cut % (len(data) + 1) for cut in cuts}), len(data)]
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
 
 def read(data: bytes, cuts: list[int]) -> tuple[Response, list[bytes]]:
