@@ -13,6 +13,7 @@ from scheduler.batching import Batcher, Sequence, Slice
 from scheduler.blocks import blocks_for
 from scheduler.errors import BadRequest
 from scheduler.messages import Alternative, FinishReason, FirstToken, Output, TokenLogprob
+from workers.sampling import check
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +68,11 @@ class Engine:
         """The jobs that a step may touch; not those whose KV only waits for a transfer."""
         places = (*self.batcher.running, *self.batcher.waiting)
         return list({(s.job.id, s.job.epoch): None for s in places})
+
+    def check(self, job: Job, prompt: TokenIds) -> None:
+        """Raises BadRequest for a job that can never run here."""
+        self.output_limit(job, prompt)
+        check(job.sampling, self.runner.vocab)
 
     def output_limit(self, job: Job, prompt: TokenIds) -> int:
         """The job's max_tokens, filled in. Raises BadRequest if it can never run here."""

@@ -137,6 +137,7 @@ class FakeRunner:
         self, blocks: int, options: FakeOptions, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.cache = KvCache(SHAPE, blocks)
+        self.vocab = SHAPE.vocab
         self._options = options
         self._sleep = sleep
 

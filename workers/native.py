@@ -28,6 +28,7 @@ class NativeRunner:
     def __init__(self, checkpoint: Checkpoint, kv_blocks: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self.model = Model(checkpoint)
+        self.vocab = self.model.shape.vocab
         self.cache = KvCache(self.model.shape, kv_blocks)
         self._cache = torch.from_numpy(self.cache.data)  # the same memory
 

@@ -25,6 +25,7 @@ class Runner(Protocol):
     """Computes slices: writes their KV into `cache` and draws the tokens that follow them."""
 
     cache: KvCache
+    vocab: int  # V: token ids are 0 to V - 1
 
     def run(self, slices: Sequence[Slice]) -> list[Sampled]:
         """One Sampled for each choice of each slice, in that order (see Slice.choices)."""

@@ -227,7 +227,7 @@ class WorkerService:
         """Take one job as far as this worker does. Always ends in outputs or in one Failed."""
         try:
             prompt = await asyncio.to_thread(self._engine.text.encode, job.prompt, job.created)
-            self._engine.output_limit(job, prompt)
+            self._engine.check(job, prompt)
             job = msgspec.structs.replace(job, prompt=Prompt(ids=prompt))
             await self._tell(Accepted(job.id, job.epoch, prompt))
             if handoff:
