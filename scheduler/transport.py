@@ -72,7 +72,7 @@ class Connection:
     @property
     def alive(self) -> bool:
         """False if it is known to be of no use: closed by either side, or mid-conversation."""
-        if self._closed:
+        if self._closed or self._payload or self._start < self._end:
             return False
         try:
             self._sock.recv(1, socket.MSG_PEEK)
@@ -145,6 +145,10 @@ class Connection:
         self._pending += 1
         try:
             yield
+        except ConnectionError:
+            raise
+        except OSError as error:  # a route that vanished, a peer that stopped to acknowledge
+            raise ConnectionResetError(f"the connection to {self.remote} broke: {error}") from error
         finally:
             self._pending -= 1
             self._close_descriptor()
@@ -204,21 +208,36 @@ async def dial(host: str, port: int, secret: bytes, timeout: float = 5.0) -> Con
     Raises OSError or TimeoutError when nobody answers, ProtocolError when the peer refuses us or
     cannot prove that it knows the secret.
     """
-    loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
-        family, kind, proto, _, address = (
-            await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )[0]
-        sock = socket.socket(family, kind, proto)
+        sock = await _connect(host, port)
         try:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, address)
             connection = Connection(sock)
             await _prove_dialler(connection, secret)
         except BaseException:
             sock.close()
             raise
     return connection
+
+
+async def _connect(host: str, port: int) -> socket.socket:
+    """To the first of the host's addresses that answers: `localhost` may be ::1 or 127.0.0.1."""
+    loop = asyncio.get_running_loop()
+    refused: OSError | None = None
+    infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, kind, proto, _, address in infos:
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+        except OSError as error:
+            sock.close()
+            refused = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise refused or OSError(f"{host} has no address")
 
 
 @asynccontextmanager
@@ -247,9 +266,12 @@ async def listen(
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        server = socket.create_server((host, port), backlog=1024)
-    except (OSError, OverflowError) as error:
+        if not 0 <= port <= 65535:  # create_server would leak its socket
+            raise OSError("a port is a number up to 65535")
+        server = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
         raise SetupError(
             f"cannot listen on {host}:{port}: {error}. Choose a free port or an address of this "
             "machine."
