@@ -128,7 +128,7 @@ class Chunk(msgspec.Struct):
 
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
     @property
     def said(self) -> str:
