@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from scheduler.blocks import BlockPool, blocks_for
+from scheduler.blocks import BlockPool, block_hash, blocks_for
 from scheduler.models import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Sequence:
     max_tokens: int
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked for
+    cached: int = 0  # prompt tokens that were in the cache when it was first admitted
     forks: tuple[int, ...] = ()  # further choices that start from this prompt's KV
     hold: bool = False  # after the first token, keep the KV for a push
     awaits_kv: bool = False  # admitted only to hold blocks, until `resume`
@@ -49,6 +51,14 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose KV is still to be computed."""
         return len(self.tokens) - self.computed
+
+    def block_names(self, count: int) -> list[bytes]:
+        """Names of its first `count` blocks, all of them full."""
+        for index in range(len(self.names), count):
+            before = self.names[-1] if self.names else b""
+            start = index * BLOCK_TOKENS
+            self.names.append(block_hash(before, self.tokens[start : start + BLOCK_TOKENS]))
+        return self.names[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,7 @@ class Batcher:
         """Its KV has arrived: the sequence decodes from the next step on."""
         self.staged.remove(sequence)
         self.running.append(sequence)
+        self._name(sequence, 0)
 
     def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]]:
         """Start `child` from the parent's prompt KV; gives the (from, to) blocks to copy.
@@ -128,6 +139,7 @@ class Batcher:
         self.pool.share(shared)
         child.blocks = shared + own
         child.computed = child.prompt_len
+        child.names = parent.block_names(whole)
         self.running.append(child)
         return [(parent.blocks[whole], own[0])] if partial else []
 
@@ -143,9 +155,11 @@ class Batcher:
         return Step((*decodes, *prefills), tuple(granted))
 
     def advance(self, step: Step) -> None:
-        """The step has run: its slices' KV is in the cache."""
+        """The step has run: its slices' KV is in the cache, and full blocks get their names."""
         for piece in step.slices:
-            piece.sequence.computed = piece.end
+            sequence = piece.sequence
+            sequence.computed = piece.end
+            self._name(sequence, piece.start // BLOCK_TOKENS)
 
     def check_integrity(self) -> None:
         """No block is lost: what is not free belongs to a sequence that we know."""
@@ -188,11 +202,9 @@ class Batcher:
         granted: list[Sequence] = []
         while self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            needed = blocks_for(len(sequence.tokens))
-            if needed > self.pool.free or (budget <= 0 and not sequence.awaits_kv):
+            if (budget <= 0 and not sequence.awaits_kv) or not self._hold(sequence):
                 break
             self.waiting.popleft()
-            sequence.blocks = self.pool.allocate(needed)
             if sequence.awaits_kv:
                 self.staged.append(sequence)
                 granted.append(sequence)
@@ -200,6 +212,32 @@ class Batcher:
                 self.running.append(sequence)
                 budget -= self._chunk(sequence, budget, prefills)
         return granted
+
+    def _hold(self, sequence: Sequence) -> bool:
+        """Take blocks for all of a sequence's tokens, those that are cached as they are.
+
+        At least the last token is computed, since its logits are wanted. KV that is to arrive goes
+        into blocks of its own: others may be reading the cached ones.
+        """
+        known = 0 if sequence.awaits_kv else (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        found = self.pool.find(sequence.block_names(known))
+        self.pool.share(found)
+        needed = blocks_for(len(sequence.tokens)) - len(found)
+        if needed > self.pool.free:
+            self.pool.release(found)
+            return False
+        sequence.blocks = found + self.pool.allocate(needed)
+        sequence.computed = len(found) * BLOCK_TOKENS
+        if not sequence.position:
+            sequence.cached = sequence.computed
+        return True
+
+    def _name(self, sequence: Sequence, first: int) -> None:
+        """Name the full blocks from the first on that were just computed."""
+        full = sequence.computed // BLOCK_TOKENS
+        names = sequence.block_names(full)
+        for index in range(first, full):
+            self.pool.name(sequence.blocks[index], names[index])
 
     @staticmethod
     def _chunk(sequence: Sequence, budget: int, prefills: list[Slice]) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from scheduler.batching import Batcher, Sequence, Slice, Step
 from scheduler.blocks import BlockPool
 from scheduler.request import Job, Limits, Prompt, Sampling
 
+UNLIKE = itertools.count(step=1000)
+
 
 def sequence(prompt: int, *, emitted: int = 0, choice: int = 0, name: str = "a", **fields):
     job = Job(name, 1, "m", Prompt(text="x"), Sampling(seed=0), Limits(), 0.0)
-    tokens = list(range(prompt + emitted))
+    first = next(UNLIKE)  # no two sequences begin alike, so none finds its blocks in the cache
+    tokens = list(range(first, first + prompt + emitted))
     return Sequence(job, choice, tokens, prompt, max_tokens=100, **fields)
 
 
