@@ -41,17 +41,17 @@ def compute(batch: Batcher, one: Sequence) -> list[tuple[int, int]]:
         (range(15), range(15), [(0, 15)]),  # no whole block
     ],
 )
-def test_whole_blocks_that_begin_alike_are_computed_once(first, second, computed):
+@pytest.mark.parametrize("gone", [False, True], ids=["beside it", "after it"])
+def test_whole_blocks_that_begin_alike_are_computed_once(first, second, computed, gone):
     batch = Batcher(BlockPool(32))
     earlier, later = sequence([*first]), sequence([*second])
     compute(batch, earlier)
-    for running in (True, False):  # while the earlier one runs, and after it has gone
-        assert compute(batch, later) == computed
-        assert later.cached == computed[0][0]
-        batch.remove(later)
-        later = sequence([*second])
-        if running:
-            batch.remove(earlier)
+    if gone:
+        batch.remove(earlier)
+    assert compute(batch, later) == computed
+    assert later.cached == computed[0][0]
+    batch.remove(earlier)
+    batch.remove(later)
     assert batch.pool.free == 32
 
 
