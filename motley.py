@@ -16,6 +16,8 @@ from scheduler.messages import Address, Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from workers.build import EngineOptions
+
 logger = logging.getLogger("motley")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -82,8 +84,7 @@ def _serve(options: argparse.Namespace) -> None:
             models=tuple((model.name, model.location) for model in models),
             counts=counts,
             threads=options.threads or max(1, (os.cpu_count() or 1) // workers),
-            kv_tokens=options.kv_tokens,
-            verbose=options.verbose,
+            arguments=_passed_on(options),
         ),
     )
     _run(
@@ -96,7 +97,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _worker(options: argparse.Namespace) -> None:
     """One worker that joins a router."""
     from serving.secret import cluster_secret
-    from workers.build import EngineOptions, build, find
+    from workers.build import build, find
     from workers.run import run_worker
     from workers.service import WorkerConfig, WorkerService
 
@@ -104,7 +105,7 @@ def _worker(options: argparse.Namespace) -> None:
     logger.info("process %d", os.getpid())
     model = find(options.model)
     threads = options.threads or os.cpu_count() or 1
-    engine, rates = build(model, EngineOptions(options.kv_tokens, threads))
+    engine, rates = build(model, _engine_options(options, threads))
     config = WorkerConfig(
         name=options.name,
         model=model.name,
@@ -115,6 +116,20 @@ def _worker(options: argparse.Namespace) -> None:
         advertise_host=options.advertise,
     )
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
+
+
+def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
+    from workers.build import EngineOptions
+
+    bound = options.itl_bound_ms / 1000 if options.itl_bound_ms else None
+    return EngineOptions(options.kv_tokens, threads, bound)
+
+
+def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
+    """What `motley serve` was told about each worker's engine, as arguments of `motley worker`."""
+    bound = ("--itl-bound-ms", str(options.itl_bound_ms)) if options.itl_bound_ms else ()
+    verbose = ("--verbose",) if options.verbose else ()
+    return ("--kv-tokens", str(options.kv_tokens), *bound, *verbose)
 
 
 def _secret(options: argparse.Namespace) -> None:
@@ -217,6 +232,12 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         default=16384,
         metavar="N",
         help="tokens of KV cache of a worker (default 16384)",
+    )
+    command.add_argument(
+        "--itl-bound-ms",
+        type=_count,
+        metavar="MS",
+        help="cut prompts so that no gap between tokens gets longer (default: no bound)",
     )
 
 

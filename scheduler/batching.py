@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.blocks import BlockPool, block_hash, blocks_for
 from scheduler.models import BLOCK_TOKENS
+from scheduler.pacing import Pace
 
 if TYPE_CHECKING:
     from scheduler.request import Job, TokenIds
@@ -84,14 +85,28 @@ class Step:
     slices: tuple[Slice, ...]
     granted: tuple[Sequence, ...]
 
+    @property
+    def decodes(self) -> int:
+        return sum(1 for piece in self.slices if piece.end - piece.start == 1)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(piece.end - piece.start for piece in self.slices) - self.decodes
+
 
 class Batcher:
     """Chooses each step's slices. Pure: it is told of every event and asks no clock."""
 
     def __init__(
-        self, pool: BlockPool, *, max_step_tokens: int = 512, max_sequences: int = 64
+        self,
+        pool: BlockPool,
+        *,
+        max_step_tokens: int = 512,
+        max_sequences: int = 64,
+        pace: Pace | None = None,
     ) -> None:
         self.pool = pool
+        self.pace = pace or Pace()
         self.max_step_tokens = max_step_tokens
         self.max_sequences = max_sequences
         self.waiting: deque[Sequence] = deque()
@@ -146,7 +161,7 @@ class Batcher:
     def next_step(self) -> Step:
         """Plan one step. Sequences it names have blocks for every token it lists."""
         decodes = self._decodes()
-        budget = self.max_step_tokens - len(decodes)
+        budget = self.pace.prompt_tokens(len(decodes), self.max_step_tokens - len(decodes))
         prefills: list[Slice] = []
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:

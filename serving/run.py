@@ -34,16 +34,14 @@ class LocalWorkers:
     models: tuple[tuple[str, str], ...]
     counts: dict[Role, int]
     threads: int  # compute threads of each worker
-    kv_tokens: int
-    verbose: bool
+    arguments: tuple[str, ...]  # further ones of `motley worker`
 
     def specs(self, cluster: Address) -> list[WorkerSpec]:
         """One spec a worker; `cluster` is where the router listens for them."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(cluster.host, cluster.host)
         common = (
             *("--join", f"{host}:{cluster.port}", "--listen", cluster.host, "--child"),
-            *("--threads", str(self.threads), "--kv-tokens", str(self.kv_tokens)),
-            *(("--verbose",) if self.verbose else ()),
+            *("--threads", str(self.threads), *self.arguments),
         )
         specs = []
         for model, location in self.models:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool, blocks_for
 from scheduler.errors import SetupError
+from scheduler.pacing import Pace
 from workers.engine import Engine
 from workers.fake import FakeRunner, FakeText, parse_options
 
@@ -40,6 +41,7 @@ class EngineOptions:
 
     kv_tokens: int
     threads: int
+    itl_bound_s: float | None = None  # a step beside decodes should not take longer
     max_step_tokens: int = 512
     max_sequences: int = 64
 
@@ -68,6 +70,7 @@ def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
         BlockPool(blocks_for(options.kv_tokens)),
         max_step_tokens=options.max_step_tokens,
         max_sequences=options.max_sequences,
+        pace=Pace(options.itl_bound_s),
     )
     if _kind(model.location) == "fake":
         fake = parse_options(model.location.partition(":")[2])

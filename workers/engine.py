@@ -5,18 +5,19 @@ A *key* (job id, epoch) names everything that one job holds here.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from scheduler.batching import Batcher, Sequence, Slice
+from scheduler.batching import Batcher, Sequence, Slice, Step
 from scheduler.blocks import blocks_for
 from scheduler.errors import BadRequest
 from scheduler.messages import Alternative, FinishReason, FirstToken, Output, TokenLogprob
 from workers.sampling import check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from scheduler.request import Job, TokenIds
     from workers.runner import Runner, Sampled
@@ -45,10 +46,17 @@ class StepResult:
 class Engine:
     """All sequences of one worker."""
 
-    def __init__(self, runner: Runner, text: Tokens, batcher: Batcher) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        text: Tokens,
+        batcher: Batcher,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.runner = runner
         self.text = text
         self.batcher = batcher
+        self._clock = clock
         self.steps = 0
         self.tokens = 0
         self._streams: dict[Sequence, TextStream] = {}
@@ -140,7 +148,7 @@ class Engine:
     def step(self) -> StepResult:
         """Run one step: at most `max_step_tokens` tokens of any number of sequences."""
         plan = self.batcher.next_step()
-        drawn = iter(self.runner.run(plan.slices) if plan.slices else ())
+        drawn = iter(self._run(plan) if plan.slices else ())
         self.batcher.advance(plan)
         result = StepResult(idle=not plan.slices and not plan.granted)
         for sequence in plan.granted:
@@ -150,6 +158,12 @@ class Engine:
         self.steps += bool(plan.slices)
         self.tokens += len(result.outputs)
         return result
+
+    def _run(self, plan: Step) -> list[Sampled]:
+        start = self._clock()
+        drawn = self.runner.run(plan.slices)
+        self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, self._clock() - start)
+        return drawn
 
     def check_integrity(self) -> None:
         """Every sequence belongs to a job; blocks as the batcher checks them."""
