@@ -47,6 +47,23 @@ def _engine(
     return Engine(runner or FakeRunner(blocks, options), FakeText(options.context), batcher)
 
 
+def _move_kv(held, source: Engine, sequence, target: Engine) -> None:
+    """What a transfer does: the held prompt's bytes into the blocks reserved for the sequence."""
+    layers = range(source.runner.cache.layers)
+    data = b"".join(source.runner.cache.views(held.blocks, held.tokens, layers))
+    start = 0
+    for view in target.runner.cache.views(sequence.blocks, len(sequence.tokens), layers):
+        view[:] = data[start : start + view.nbytes]
+        start += view.nbytes
+    assert start == len(data)
+
+
+@pytest.fixture(scope="session")
+def move_kv():
+    """`move_kv(held, engine, sequence, engine)` copies a held prompt's KV between two engines."""
+    return _move_kv
+
+
 @pytest.fixture(scope="session")
 def make_job():
     """`make_job(text, id=…, max_tokens=…, stop=…)` -> Job."""

@@ -1,9 +1,9 @@
 """A worker without a model: deterministic, no torch, real in everything else.
 
 It tokenises (a byte is a token), batches, pages and hands over a KV cache like the native engine.
-The token at each position is a hash of the prompt *as its KV cache holds it*, the seed, the choice
-and the position: a KV cache that was lost, mixed up or cut changes the answer. For tests, and for
-load tests of the router, with optional time per token.
+The token at each position is a hash of all tokens before it *as the KV cache holds them*, the
+seed, the choice and the position: a KV cache that was lost, mixed up or cut changes the answer.
+For tests, and for load tests of the router, with optional time per token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 EOS = 256
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
-_SAMPLED = 256  # prompt positions that the hash reads, evenly spread: long prompts stay cheap
+_SAMPLED = 256  # positions that the hash reads, evenly spread: long prompts stay cheap
 SHAPE = ModelShape(
     layers=2,
     hidden=1,
@@ -50,10 +50,10 @@ SHAPE = ModelShape(
 class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What follows `fake:` in a model's name, as in `fake:step_ms=5,tokens=64`."""
 
-    tokens: int = 16  # length of an answer that nothing else ends
-    step_ms: float = 0.0  # time of one step
-    prefill_tps: float = 0.0  # prompt tokens per second; 0: no time
-    context: int = SHAPE.context_length
+    tokens: Annotated[int, msgspec.Meta(ge=0)] = 16  # length of an answer that nothing else ends
+    step_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # time of one step
+    prefill_tps: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # prompt tokens a second; 0: no time
+    context: Annotated[int, msgspec.Meta(ge=1)] = SHAPE.context_length
 
 
 def parse_options(text: str) -> FakeOptions:
@@ -79,13 +79,15 @@ class FakeText:
         if prompt.ids is not None:
             if any(not 0 <= token < EOS for token in prompt.ids):
                 raise BadRequest("token ids of this model are 0 to 255", param="prompt")
-            return prompt.ids
-        text = prompt.text
-        if text is None:
-            text = "".join(f"{m.role}: {m.content}\n" for m in prompt.messages or ())
-        if not text:
+            tokens = prompt.ids
+        elif prompt.text is not None:
+            tokens = list(prompt.text.encode())
+        else:
+            lines = (f"{m.role}: {m.content}\n" for m in prompt.messages or ())
+            tokens = list("".join(lines).encode())
+        if not tokens:
             raise BadRequest("the prompt is empty", param="prompt")
-        return list(text.encode())
+        return tokens
 
     def token_text(self, token: int) -> str:
         return self.token_bytes(token).decode(errors="replace")
@@ -171,12 +173,12 @@ class FakeRunner:
         sampling, position = sequence.job.sampling, sequence.position
         if position >= self._options.tokens and not sequence.job.limits.ignore_eos:
             return Sampled(EOS)
-        count = sequence.prompt_len
+        count = len(sequence.tokens)
         seen = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
         blocks = np.asarray(sequence.blocks)[seen // BLOCK_TOKENS]
         kv = self.cache.data[:, :, blocks, seen % BLOCK_TOKENS]
-        prompt = zlib.crc32(np.ascontiguousarray(kv).data)
-        noise = (prompt, count, sampling.seed, sequence.job.prompt_index, choice, position)
+        context = zlib.crc32(np.ascontiguousarray(kv).data)
+        noise = (context, count, sampling.seed, sequence.job.prompt_index, choice, position)
         digest = hashlib.blake2b(repr(noise).encode(), digest_size=1).digest()[0]
         token = _ALPHABET[digest % len(_ALPHABET)]
         top = tuple((_ALPHABET[i], -1.0 - i) for i in range(sampling.logprobs or 0))
