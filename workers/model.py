@@ -81,6 +81,16 @@ class Model:
 
         cache [L, 2, blocks, 16, K, E].
         """
+        return self.logits(self.hidden(batch, cache)[batch.drawn])
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of `hidden` [n, D] -> [n, V]."""
+        return ops.rms_norm(hidden, self.norm, self.shape.norm_eps) @ self.head
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+        """Write the batch's keys and values, and give the last layer's output [T, D]."""
         eps = self.shape.norm_eps
         cos, sin = ops.rope_angles(batch.positions, self.shape.head_dim, self.shape.rope_theta)
         x = self.embedding[batch.tokens]  # [T, D]
@@ -89,7 +99,7 @@ class Model:
             x = x + self._attention(qkv, cos, sin, kv, batch) @ layer.attention_out
             gate_up = ops.rms_norm(x, layer.ffn_norm, eps) @ layer.gate_up
             x = x + ops.silu_mul(gate_up) @ layer.down
-        return ops.rms_norm(x[batch.drawn], self.norm, eps) @ self.head
+        return x
 
     def _attention(
         self,
