@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -26,7 +26,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     ignore_eos: bool = True
     temperature: float = 0.0
     slo_headers: bool = False
-    extra: dict[str, object] = {}
+    extra: dict[str, Any] = {}
     insecure: bool = False  # https without checking the certificate
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Chunk(msgspec.Struct):
 
     choices: list[_Choice] = []
     usage: Usage | None = None
-    error: object = None
+    error: Any = None
 
     @property
     def said(self) -> str:

@@ -154,9 +154,12 @@ class Saboteur:
 
         Raises LoadtestError when a fault could not be brought about.
         """
-        async with asyncio.TaskGroup() as group:
-            for fault in self._plan.fault:
-                group.create_task(self._one(fault))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for fault in self._plan.fault:
+                    group.create_task(self._one(fault))
+        except* LoadtestError as failed:
+            raise LoadtestError("; ".join(map(str, failed.exceptions))) from None
 
     async def _one(self, fault: Fault) -> None:
         await asyncio.sleep(max(0.0, self._start() + fault.at - monotonic()))

@@ -71,6 +71,7 @@ class Runner:
             await self._ended.wait()
         finally:
             gc.enable()
+            gc.unfreeze()
             self._deadlines.close()
             await self._client.close()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,7 +13,6 @@ import msgspec
 
 from loadtest import files, options
 from loadtest.command import EXIT_INVALID, EXIT_MISSED, EXIT_OK, EXIT_TOKENS, Command, model_of
-from loadtest.errors import LoadtestError
 from loadtest.faults import FaultReport, Plan, Saboteur, phases, read_plan
 from loadtest.integrity import inspect
 from loadtest.live import Live
@@ -79,7 +78,7 @@ async def _broken(spec: Spec, args: argparse.Namespace, plan: Plan) -> tuple[Run
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
     if not work.cancelled() and (error := work.exception()) is not None:
-        raise LoadtestError(str(error))
+        raise error
     met = [spec.classes[o.group].slo.met(o) for o in run.outcomes]
     before = reference.outcomes if reference else []
     unbroken = [spec.classes[o.group].slo.met(o) for o in before]

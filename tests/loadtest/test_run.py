@@ -57,10 +57,10 @@ async def test_an_open_loop_sends_on_time_and_measures_the_servers_own_times():
 
 @pytest.mark.asyncio
 async def test_a_stalled_server_does_not_hold_back_the_schedule():
-    """One slot of 50 ms for 40 requests in 0.2 s: the last waits some 1.8 s, measured as such."""
-    found = await run(Behaviour(ttft=0.05, itl=0, slots=1), output=Sizes(1, 1))
+    """One slot of 20 ms for 40 requests in 0.2 s: the last waits some 0.6 s, measured as such."""
+    found = await run(Behaviour(ttft=0.02, itl=0, slots=1), output=Sizes(1, 1))
     assert max(o.lag for o in found.outcomes) < 0.2
-    assert found.outcomes[-1].ttft == pytest.approx(40 * 0.05 - 39 / 200, abs=0.1)
+    assert found.outcomes[-1].ttft == pytest.approx(40 * 0.02 - 39 / 200, abs=0.1)
 
 
 @pytest.mark.asyncio
