@@ -1,0 +1,107 @@
+// The C interface of the CPU kernels: operations on buffers, and a pool of threads that runs a list
+// of them in one call. Nothing here knows a model; the caller writes the list.
+//
+// Shapes: T rows (tokens) of a step, K kv heads, H query heads, E head dim. All pointers stay the
+// caller's. `Act` rows are activations quantised to int8 in groups of 32 columns.
+#pragma once
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum { kGroup = 32, kBlockTokens = 16 };
+
+// Weight formats, numbered as GGUF numbers them.
+enum Format : int32_t { kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
+
+enum KvType : int32_t { kFloat32 = 0, kFloat16 = 1 };
+
+// 32 columns of one activation row: x ≈ d · q, d = max|x| / 127, rounded to nearest even.
+struct Act {
+  int8_t q[kGroup];
+  float d;
+  float sum;      // d · Σ q: what a weight's constant part is multiplied by
+  float half[2];  // the same over columns 0..15 and 16..31
+};
+
+// A matrix [outputs, inputs] as `motley_pack` lays it out.
+struct Matrix {
+  int32_t format, outputs, inputs;
+  const void* data;
+};
+
+// A layer's cache: keys and values are [blocks, 16, K, E] each.
+struct KvLayer {
+  int32_t type;
+  void *keys, *values;
+};
+
+struct Heads {
+  int32_t queries, keys, dim;
+};
+
+// out [T, width] = the matrix's rows named by the step's tokens.
+struct EmbedOp { Matrix table; float* out; };
+// out [T, E] = cosines, then sines, of position · frequencies [E / 2].
+struct AnglesOp { const float* frequencies; float* out; int32_t head_dim; };
+// out [T, width] = quantised x / sqrt(mean(x²) + eps) · weight.
+struct NormOp { const float *in, *weight; Act* out; int32_t width; float eps; };
+// out [T, width] = quantised in.
+struct QuantiseOp { const float* in; Act* out; int32_t width; };
+// in [T, 2 · width] = gate, up; out [T, width] = quantised silu(gate) · up.
+struct SiluOp { const float* in; Act* out; int32_t width; };
+// out[t, 0..outputs) = in · matrixᵀ, or += where `add`; rows of out are `stride` apart.
+struct MatmulOp { Matrix matrix; const Act* in; float* out; int32_t stride, add; };
+// qkv [T, (H + 2K)·E]: rotate queries and keys in place, then store keys and values in the cache.
+struct RopeOp { float* qkv; const float* angles; Heads heads; KvLayer cache; };
+// out [T, H·E] = causal attention of the queries in qkv over their sequences' cache.
+struct AttentionOp { const float* qkv; float* out; Heads heads; KvLayer cache; };
+// out [n, width] = the drawn rows of in; the operations that follow work on n rows.
+struct GatherOp { const float* in; float* out; int32_t width; };
+
+enum OpKind : int32_t {
+  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather
+};
+
+struct Op {
+  int32_t kind;
+  int32_t wait;  // whether all that came before must be done before the next one begins
+  union {
+    EmbedOp embed; AnglesOp angles; NormOp norm; QuantiseOp quantise; SiluOp silu;
+    MatmulOp matmul; RopeOp rope; AttentionOp attention; GatherOp gather;
+  };
+};
+
+// Rows [first, first + count) are one sequence's tokens from position `start` on; the numbers of
+// its blocks begin at tables[table].
+struct Span { int32_t first, count, start, table; };
+
+struct Batch {
+  int32_t rows, spans, drawn;
+  const int32_t* tokens;  // [rows]
+  const Span* span;       // [spans]
+  const int32_t* tables;
+  const int32_t* drawn_rows;  // [drawn]
+};
+
+struct Pool;
+
+// Names of the instruction sets that are built in and that this machine has, best first, separated
+// by spaces.
+const char* motley_instruction_sets();
+
+// A pool of `threads` threads, the caller's own included; null if the set's name is unknown here.
+Pool* motley_pool_new(int32_t threads, const char* instruction_set);
+void motley_pool_free(Pool*);
+
+// Runs the operations in order; returns when all are done. One call at a time per pool.
+void motley_run(Pool*, const Op* ops, int32_t count, const Batch* batch);
+
+// Bytes of a packed matrix; 0 if the format is unknown or `inputs` is not whole blocks of it.
+int64_t motley_packed_bytes(int32_t format, int32_t outputs, int32_t inputs);
+// GGUF rows of blocks -> panels of 16 rows (see formats.h).
+void motley_pack(int32_t format, int32_t outputs, int32_t inputs, const void* rows, void* packed);
+// Rows first .. first + count of a packed matrix as float32 [count, inputs].
+void motley_unpack(const Matrix* matrix, int32_t first, int32_t count, float* out);
+}
+#pragma GCC visibility pop

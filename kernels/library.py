@@ -1,0 +1,149 @@
+"""The shared library of CPU kernels, through ctypes: its structures, and where it is.
+
+kernels/cpu/motley.h says what each field means; the names are the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from ctypes import POINTER, Structure, Union, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+Fields = ClassVar[list[tuple[str, Any]]]
+
+
+class Act(Structure):
+    _fields_: Fields = [
+        ("q", ctypes.c_int8 * 32),
+        ("d", c_float),
+        ("sum", c_float),
+        ("half", c_float * 2),
+    ]
+
+
+class MatrixStruct(Structure):
+    _fields_: Fields = [
+        ("format", c_int32),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("data", c_void_p),
+    ]
+
+
+class KvLayer(Structure):
+    _fields_: Fields = [("type", c_int32), ("keys", c_void_p), ("values", c_void_p)]
+
+
+class Heads(Structure):
+    _fields_: Fields = [("queries", c_int32), ("keys", c_int32), ("dim", c_int32)]
+
+
+class EmbedOp(Structure):
+    _fields_: Fields = [("table", MatrixStruct), ("out", c_void_p)]
+
+
+class AnglesOp(Structure):
+    _fields_: Fields = [("frequencies", c_void_p), ("out", c_void_p), ("head_dim", c_int32)]
+
+
+class NormOp(Structure):
+    _fields_: Fields = [
+        ("in_", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("width", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class RowsOp(Structure):
+    """QuantiseOp, SiluOp and GatherOp: the same fields."""
+
+    _fields_: Fields = [("in_", c_void_p), ("out", c_void_p), ("width", c_int32)]
+
+
+class MatmulOp(Structure):
+    _fields_: Fields = [
+        ("matrix", MatrixStruct),
+        ("in_", c_void_p),
+        ("out", c_void_p),
+        ("stride", c_int32),
+        ("add", c_int32),
+    ]
+
+
+class RopeOp(Structure):
+    _fields_: Fields = [
+        ("qkv", c_void_p),
+        ("angles", c_void_p),
+        ("heads", Heads),
+        ("cache", KvLayer),
+    ]
+
+
+class AttentionOp(Structure):
+    _fields_: Fields = [("qkv", c_void_p), ("out", c_void_p), ("heads", Heads), ("cache", KvLayer)]
+
+
+class OpUnion(Union):
+    _fields_: Fields = [
+        ("embed", EmbedOp),
+        ("angles", AnglesOp),
+        ("norm", NormOp),
+        ("quantise", RowsOp),
+        ("silu", RowsOp),
+        ("matmul", MatmulOp),
+        ("rope", RopeOp),
+        ("attention", AttentionOp),
+        ("gather", RowsOp),
+    ]
+
+
+OP_KINDS = {name: number for number, (name, _) in enumerate(OpUnion._fields_)}
+
+
+class Op(Structure):
+    _fields_: Fields = [("kind", c_int32), ("wait", c_int32), ("of", OpUnion)]
+
+
+class BatchStruct(Structure):
+    _fields_: Fields = [
+        ("rows", c_int32),
+        ("spans", c_int32),
+        ("drawn", c_int32),
+        ("tokens", c_void_p),
+        ("span", c_void_p),
+        ("tables", c_void_p),
+        ("drawn_rows", c_void_p),
+    ]
+
+
+def path() -> Path:
+    """Where the installation puts the library, if it could build it."""
+    return Path(__file__).parent / "cpu" / f"library{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, its functions typed. Raises OSError if it is not there or not for this system.
+
+    Calls let go of Python's global lock.
+    """
+    library = ctypes.CDLL(str(path()))
+    library.motley_instruction_sets.restype = c_char_p
+    library.motley_pool_new.argtypes = [c_int32, c_char_p]
+    library.motley_pool_new.restype = c_void_p
+    library.motley_pool_free.argtypes = [c_void_p]
+    library.motley_pool_free.restype = None
+    library.motley_run.argtypes = [c_void_p, c_void_p, c_int32, POINTER(BatchStruct)]
+    library.motley_run.restype = None
+    library.motley_packed_bytes.argtypes = [c_int32, c_int32, c_int32]
+    library.motley_packed_bytes.restype = c_int64
+    library.motley_pack.argtypes = [c_int32, c_int32, c_int32, c_void_p, c_void_p]
+    library.motley_pack.restype = None
+    library.motley_unpack.argtypes = [POINTER(MatrixStruct), c_int32, c_int32, c_void_p]
+    library.motley_unpack.restype = None
+    return library

@@ -1,0 +1,259 @@
+"""A step of a model as one call: a list of operations on buffers, run by a pool of threads.
+
+The caller describes a model by adding operations in order; kernels/cpu knows no model. Numbers are
+of `fast` mode (kernels/reference_quant.py). A row's results are the same whatever rows are computed
+beside it, however its sequence was cut into steps, and on any number of threads.
+
+Shapes: T rows (tokens) of a step, n drawn rows, D hidden, H query heads, K kv heads, E head dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kernels import dispatch, library
+from kernels.library import OP_KINDS, BatchStruct, Heads, KvLayer, MatrixStruct, Op
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Array = np.ndarray[Any, Any]
+
+GROUP = 32  # columns that share a scale
+KV_TYPES = {"float32": 0, "float16": 1}
+FORMATS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # as GGUF numbers them
+ALIGNMENT = 64
+
+
+class Matrix:
+    """Quantised weights [outputs, inputs], packed in panels of 16 rows (kernels/cpu/formats.h)."""
+
+    def __init__(self, kind: str, outputs: int, inputs: int, blocks: Array) -> None:
+        """Pack `blocks`, uint8 [outputs, bytes of a row], GGUF's rows of blocks of format `kind`.
+
+        Raises ValueError if the format is unknown, or the bytes are not that many rows of it.
+        """
+        self.kind, self.outputs, self.inputs = kind, outputs, inputs
+        lib, number = library.load(), FORMATS.get(kind, -1)
+        size = lib.motley_packed_bytes(number, outputs, inputs)
+        blocks = np.ascontiguousarray(blocks)
+        if not size or blocks.nbytes != outputs * row_bytes(kind, inputs):
+            raise ValueError(
+                f"{blocks.nbytes} bytes are not {outputs} rows of {inputs} weights in {kind}; "
+                f"known are {', '.join(FORMATS)}, in whole blocks"
+            )
+        self.data = _aligned(size, np.uint8)
+        lib.motley_pack(number, outputs, inputs, blocks.ctypes.data, self.data.ctypes.data)
+        self.struct = MatrixStruct(number, outputs, inputs, self.data.ctypes.data)
+
+    def rows(self, first: int, count: int) -> Array:
+        """Rows dequantised, float32 [count, inputs], equal to the gguf package's."""
+        if not 0 <= first <= first + count <= self.outputs:
+            raise IndexError(f"rows {first} to {first + count} of {self.outputs}")
+        out = np.empty((count, self.inputs), np.float32)
+        library.load().motley_unpack(ctypes.byref(self.struct), first, count, out.ctypes.data)
+        return out
+
+
+def row_bytes(kind: str, inputs: int) -> int:
+    """Bytes of a row of GGUF blocks."""
+    columns, size = {
+        "Q4_0": (32, 18),
+        "Q4_1": (32, 20),
+        "Q8_0": (32, 34),
+        "Q4_K": (256, 144),
+        "Q6_K": (256, 210),
+    }[kind]
+    return inputs // columns * size
+
+
+class Span(NamedTuple):
+    """Rows [first, first + count) are one sequence's tokens from position `start` on."""
+
+    first: int
+    count: int
+    start: int
+    blocks: Sequence[int]  # of the cache, 16 tokens each; at least (start + count) / 16 of them
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """A buffer [rows, width] of float32, or columns of one."""
+
+    data: Array
+
+    @property
+    def width(self) -> int:
+        return int(self.data.shape[1])
+
+    @property
+    def pointer(self) -> int:
+        return int(self.data.ctypes.data)
+
+    def columns(self, first: int, last: int) -> Floats:
+        return Floats(self.data[:, first:last])
+
+
+@dataclass(frozen=True, slots=True)
+class Acts:
+    """A buffer [rows, width] of quantised activations."""
+
+    data: Array  # uint8 [rows, width / 32 · 48]
+    width: int
+
+    @property
+    def pointer(self) -> int:
+        return int(self.data.ctypes.data)
+
+
+class Pool:
+    """Threads that run programs, one at a time; the caller is one of them."""
+
+    def __init__(self, threads: int, instruction_set: str | None = None) -> None:
+        """Raises ValueError if the machine lacks the instruction set; the default is the best."""
+        known = dispatch.instruction_sets()
+        self.instruction_set = instruction_set or next(iter(known), "none")
+        if self.instruction_set not in known or threads < 1:
+            raise ValueError(
+                f"{threads} threads with {self.instruction_set!r}: one thread is the least, and "
+                f"this machine has {known or 'no library of kernels'}"
+            )
+        lib = library.load()
+        self.threads = threads
+        self.handle = lib.motley_pool_new(threads, self.instruction_set.encode())
+        weakref.finalize(self, lib.motley_pool_free, self.handle)
+
+
+class Program:
+    """Operations in order, and their buffers, for steps of at most `max_rows` rows."""
+
+    def __init__(self, pool: Pool, max_rows: int) -> None:
+        self.pool, self.max_rows = pool, max_rows
+        self._ops: list[Op] = []
+        self._array: Any = None
+        self._kept: list[Any] = []  # what the operations point to
+
+    # Buffers
+
+    def floats(self, width: int) -> Floats:
+        """A new float32 buffer; its memory is taken as rows are first used."""
+        return Floats(_aligned(self.max_rows * width, np.float32).reshape(self.max_rows, width))
+
+    def acts(self, width: int) -> Acts:
+        """A new buffer of quantised activations; `width` is a multiple of 32."""
+        if width % GROUP:
+            raise ValueError(f"{width} columns are not whole groups of {GROUP}")
+        size = width // GROUP * ctypes.sizeof(library.Act)
+        return Acts(_aligned(self.max_rows * size, np.uint8).reshape(self.max_rows, size), width)
+
+    # Operations; each waits for those before it unless `wait` is false
+
+    def embed(self, table: Matrix, out: Floats) -> None:
+        """out [T, D] = rows of the table [V, D], by token."""
+        self._add("embed", (table.struct, out.pointer), table, out)
+
+    def angles(self, frequencies: Array, out: Floats) -> None:
+        """out [T, E] = cosines and sines of position · frequencies [E / 2] (reference.rope)."""
+        frequencies = np.ascontiguousarray(frequencies, np.float32)
+        fields = (frequencies.ctypes.data, out.pointer, out.width)
+        self._add("angles", fields, frequencies, out)
+
+    def norm(self, x: Floats, weight: Array, eps: float, out: Acts) -> None:
+        """out = quantised reference.rms_norm(x, weight [D], eps)."""
+        weight = np.ascontiguousarray(weight, np.float32)
+        fields = (x.pointer, weight.ctypes.data, out.pointer, x.width, eps)
+        self._add("norm", fields, x, weight, out)
+
+    def quantise(self, x: Floats, out: Acts) -> None:
+        self._add("quantise", (x.pointer, out.pointer, x.width), x, out)
+
+    def silu_mul(self, gate_up: Floats, out: Acts) -> None:
+        """out [T, F] = quantised reference.silu_mul(gate_up [T, 2F])."""
+        self._add("silu", (gate_up.pointer, out.pointer, out.width), gate_up, out)
+
+    def matmul(
+        self, matrix: Matrix, x: Acts, out: Floats, *, add: bool = False, wait: bool = True
+    ) -> None:
+        """out = x · matrixᵀ, or += where `add`. `out` may be columns of a wider buffer."""
+        if (matrix.inputs, matrix.outputs) != (x.width, out.width):
+            raise ValueError(
+                f"[{matrix.outputs}, {matrix.inputs}] from {x.width} columns to {out.width}"
+            )
+        stride = out.data.strides[0] // 4
+        fields = (matrix.struct, x.pointer, out.pointer, stride, int(add))
+        self._add("matmul", fields, matrix, x, out, wait=wait)
+
+    def rope(self, qkv: Floats, angles: Floats, heads: tuple[int, int, int], cache: Array) -> None:
+        """Rotate q and k of qkv [T, (H + 2K)·E] in place; store k and v in their slots.
+
+        heads (H, K, E); cache [2, blocks, 16, K, E], a layer's, float32 or float16.
+        """
+        fields = (qkv.pointer, angles.pointer, Heads(*heads), _kv_layer(cache))
+        self._add("rope", fields, qkv, angles, cache)
+
+    def attention(
+        self, qkv: Floats, heads: tuple[int, int, int], cache: Array, out: Floats
+    ) -> None:
+        """out [T, H·E] = causal attention of qkv's queries over their sequences' cache."""
+        fields = (qkv.pointer, out.pointer, Heads(*heads), _kv_layer(cache))
+        self._add("attention", fields, qkv, cache, out)
+
+    def gather(self, x: Floats, out: Floats) -> None:
+        """out [n, D] = the drawn rows of x [T, D]; what follows works on n rows."""
+        self._add("gather", (x.pointer, out.pointer, x.width), x, out)
+
+    def run(self, tokens: Sequence[int], spans: Sequence[Span], drawn: Sequence[int]) -> None:
+        """Run everything for one step's tokens; every row is in exactly one span.
+
+        Results are in the buffers until the next run. Raises ValueError for too many rows.
+        """
+        if not 0 < len(tokens) <= self.max_rows:
+            raise ValueError(f"{len(tokens)} rows in a program for 1 to {self.max_rows}")
+        if self._array is None:
+            self._array = (Op * len(self._ops))(*self._ops)
+        token_ids = np.array(tokens, np.int32)
+        drawn_rows = np.array(drawn, np.int32)
+        described: list[int] = []
+        tables: list[int] = []
+        for span in spans:
+            described += (span.first, span.count, span.start, len(tables))
+            tables += span.blocks
+        span_array, table_array = np.array(described, np.int32), np.array(tables, np.int32)
+        batch = BatchStruct(
+            len(tokens),
+            len(spans),
+            len(drawn),
+            token_ids.ctypes.data,
+            span_array.ctypes.data,
+            table_array.ctypes.data,
+            drawn_rows.ctypes.data,
+        )
+        library.load().motley_run(
+            self.pool.handle, self._array, len(self._ops), ctypes.byref(batch)
+        )
+
+    def _add(self, kind: str, fields: tuple[Any, ...], *kept: Any, wait: bool = True) -> None:
+        op = Op(kind=OP_KINDS[kind], wait=int(wait))
+        setattr(op.of, kind, dict(library.OpUnion._fields_)[kind](*fields))
+        self._ops.append(op)
+        self._array = None
+        self._kept.append(kept)
+
+
+def _kv_layer(cache: Array) -> KvLayer:
+    if cache.dtype.name not in KV_TYPES or not cache[0].flags.c_contiguous:
+        raise ValueError(f"a layer's cache of {cache.dtype.name}; it is {' or '.join(KV_TYPES)}")
+    return KvLayer(KV_TYPES[cache.dtype.name], cache[0].ctypes.data, cache[1].ctypes.data)
+
+
+def _aligned(count: int, dtype: Any) -> Array:
+    """An uninitialised array whose first byte is at the start of a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype)
