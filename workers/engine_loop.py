@@ -177,6 +177,10 @@ class EngineLoop:
             future.set_result(value)
 
     async def _break(self, reason: str) -> None:
-        for key in self.engine.computing:
+        known = self.engine.keys
+        waiting = (*self._held.items(), *self._granted.items())
+        # What the step granted or finished before it failed was never told to who waits for it.
+        untold = [key for key, future in waiting if key in known and not future.done()]
+        for key in dict.fromkeys([*self.engine.computing, *untold]):
             self._cancel(key)
             await self._on_broken(key, reason)
