@@ -69,7 +69,7 @@ inline float widen(uint16_t x) { return from_half(x); }
 
 // Bring `count` tokens from `first` on of one kv head; what lies beyond `count` becomes 0.
 template <class T>
-void stage(const T* keys, const T* values, const Heads& heads, const int32_t* table, int head,
+inline void stage(const T* keys, const T* values, const Heads& heads, const int32_t* table, int head,
            int first, int count, const Workplace& w) {
   const int64_t token = int64_t(heads.keys) * heads.dim;
   const auto at = [&](int i) {
@@ -117,17 +117,19 @@ inline void product(const float* left, int left_stride, const float* right, int 
     for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + kLanes * v, total[r][v]);
 }
 
+// The same for any number of rows and for columns in whole inner loops.
+template <int kRows = kQueryRows>
 inline void products(const float* left, int left_stride, const float* right, int right_stride,
                      int depth, bool add_to, float* out, int out_stride, int rows, int columns) {
-  for (int c = 0; c < columns; c += kVectors * kLanes) {
-    int r = 0;
-    for (; r + kQueryRows <= rows; r += kQueryRows)
-      product<kQueryRows>(left + r * left_stride, left_stride, right + c, right_stride, depth,
-                          add_to, out + r * out_stride + c, out_stride);
-    for (; r < rows; ++r)
-      product<1>(left + r * left_stride, left_stride, right + c, right_stride, depth, add_to,
-                 out + r * out_stride + c, out_stride);
-  }
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    for (int c = 0; c < columns; c += kVectors * kLanes)
+      product<kRows>(left + r * left_stride, left_stride, right + c, right_stride, depth, add_to,
+                     out + r * out_stride + c, out_stride);
+  if constexpr (kRows > 1)
+    if (r < rows)
+      products<kRows - 1>(left + r * left_stride, left_stride, right, right_stride, depth, add_to,
+                          out + r * out_stride, out_stride, rows - r, columns);
 }
 
 // Turns one row of scores into weights, of which the first `seen` count; shrinks what came before.

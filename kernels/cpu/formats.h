@@ -16,6 +16,8 @@ constexpr int kPlane = 4 * kPanelRows;  // bytes of a quad over all rows
 constexpr int kSuper = 256;  // columns of a K-quant block
 
 using Half = uint16_t;
+// Four int8 activations, read as one number so that the compiler spreads them from memory.
+typedef int32_t Quad __attribute__((may_alias, aligned(1)));
 
 struct Q4_0 {
   Half d[kPanelRows];

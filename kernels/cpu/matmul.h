@@ -102,6 +102,7 @@ struct DecodeQ6_K {
 template <class Decode>
 inline F accumulate(const Weights<Decode::kHalves>& w, const Act& a, F total) {
   constexpr int halves = Decode::kHalves, quads = kQuads / halves;
+#pragma GCC unroll 2
   for (int h = 0; h < halves; ++h) {
     const F products = to_float(dot<Decode::kBits, quads>(w.q + quads * h, a.q + 4 * quads * h));
     total = fma(mul(products, w.scale[h]), set(a.d), total);
@@ -119,6 +120,7 @@ void multiply_panel(const typename Decode::Block* panel, const Act* in, int grou
     for (F& x : total) x = zero();
     for (int g = 0; g < groups; ++g) {
       const auto w = Decode::group(panel[g / Decode::kGroups], g % Decode::kGroups, part);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) total[r] = accumulate<Decode>(w, in[r * groups + g], total[r]);
     }
     for (int r = 0; r < kRows; ++r) store(out[r] + kLanes * part, total[r]);

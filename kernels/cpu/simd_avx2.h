@@ -85,12 +85,6 @@ inline B with_pair(B low, B x) {
 }
 inline B bytes8(const void* p) { return bytes(p); }
 
-inline B spread(const int8_t* a) {
-  int32_t quad;
-  __builtin_memcpy(&quad, a, 4);
-  return _mm256_set1_epi32(quad);
-}
-
 // Each lane's sum over `quads` quads of its weights w times the row's activations a. A pair of
 // products of 4, 6 or 8 bits with int8 is at most 3,810, 16,002 or 32,512, so that 8, 2 or 1 of
 // them fit 16 bits.
@@ -99,11 +93,14 @@ inline I dot(const B* w, const int8_t* a) {
   constexpr int held = bits == 4 ? 8 : bits == 6 ? 2 : 1;
   constexpr int run = held < quads ? held : quads;
   const B ones = _mm256_set1_epi16(1);
+  const auto* quad = reinterpret_cast<const Quad*>(a);
   I total = zero_int();
+#pragma GCC unroll 8
   for (int t = 0; t < quads; t += run) {
     B pairs = _mm256_setzero_si256();
+#pragma GCC unroll 8
     for (int i = t; i < t + run; ++i) {
-      const B x = spread(a + 4 * i);
+      const B x = _mm256_set1_epi32(quad[i]);
       const B product = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]))
                                   : _mm256_maddubs_epi16(w[i], x);
       pairs = _mm256_add_epi16(pairs, product);

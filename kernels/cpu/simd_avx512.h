@@ -78,11 +78,11 @@ inline B bytes8(const void* p) { return _mm512_xor_si512(bytes(p), _mm512_set1_e
 template <int bits, int quads>
 inline I dot(const B* w, const int8_t* a) {
   I even = zero_int(), odd = zero_int();
+  const auto* x = reinterpret_cast<const Quad*>(a);
+#pragma GCC unroll 8
   for (int t = 0; t < quads; t += 2) {
-    int32_t x[2];
-    __builtin_memcpy(x, a + 4 * t, 8);
-    even = _mm512_dpbusd_epi32(even, w[t], _mm512_set1_epi32(x[0]));
-    odd = _mm512_dpbusd_epi32(odd, w[t + 1], _mm512_set1_epi32(x[1]));
+    even = _mm512_dpbusd_epi32(even, w[t], _mm512_set1_epi32(x[t]));
+    odd = _mm512_dpbusd_epi32(odd, w[t + 1], _mm512_set1_epi32(x[t + 1]));
   }
   return _mm512_add_epi32(even, odd);
 }
