@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
 import pytest
 
 from scheduler.batching import Batcher
@@ -9,6 +13,9 @@ from scheduler.blocks import BlockPool
 from scheduler.request import Job, Limits, Prompt, Sampling
 from workers.engine import Engine
 from workers.fake import FakeOptions, FakeRunner, FakeText
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _job(
@@ -56,6 +63,20 @@ def _move_kv(held, source: Engine, sequence, target: Engine) -> None:
         view[:] = data[start : start + view.nbytes]
         start += view.nbytes
     assert start == len(data)
+
+
+async def _until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Let the event loop turn until the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="session")
+def until():
+    """`await until(lambda: …)`: for what no event tells of; fails after ten seconds."""
+    return _until
 
 
 @pytest.fixture(scope="session")

@@ -192,8 +192,8 @@ class KvReceiver:
         while True:
             message, _ = await connection.receive()
             if isinstance(message, Commit):
-                if missing:
-                    raise ProtocolError(f"commit without the KV of layers {sorted(missing)}")
+                if missing or not message.firsts:
+                    raise ProtocolError(f"commit without {sorted(missing) or 'choices'}")
                 return message
             if not isinstance(message, KvBlocks):
                 raise ProtocolError(f"{type(message).__name__} in the middle of a hand-over")

@@ -30,13 +30,13 @@ class GatedRunner(FakeRunner):
         self.permits = threading.Semaphore(0)
         self.fail = False
 
-    def run(self, slices):
+    def run(self, *step):
         self.entered.release()
         assert self.permits.acquire(timeout=10)
         if self.fail:
             self.fail = False
             raise ArithmeticError("not a number")
-        return super().run(slices)
+        return super().run(*step)
 
     async def in_step(self) -> None:
         """Wait until a step runs."""

@@ -1,0 +1,337 @@
+"""KV hand-over between two engines over loopback: the same answer, and no way out that leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+import pytest
+
+from scheduler.errors import HandoffFailed
+from scheduler.messages import (
+    Address,
+    Commit,
+    Committed,
+    FirstToken,
+    Joined,
+    KvBlocks,
+    Peer,
+    Refused,
+    Reserve,
+    Reserved,
+)
+from scheduler.transport import dial, listen
+from workers import kv_transfer
+from workers.engine_loop import EngineLoop
+from workers.kv_transfer import KvReceiver, KvSender
+
+pytestmark = pytest.mark.asyncio
+
+SECRET = b"of this test"
+PROMPT = list(b"once upon a time there was")
+KEY = ("job", 1)
+
+
+class Side:
+    """An engine in its loop, and what it gave."""
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        self.outputs: list = []
+        self.loop = EngineLoop(engine, self._on_outputs, self._on_broken)
+        self._changed = asyncio.Event()
+
+    async def _on_outputs(self, outputs) -> None:
+        self.outputs += outputs
+        self._changed.set()
+
+    async def _on_broken(self, key, reason) -> None:
+        raise AssertionError(reason)
+
+    async def finished(self) -> None:
+        async with asyncio.timeout(10):
+            while not (self.outputs and self.outputs[-1].finish):
+                await self._changed.wait()
+                self._changed.clear()
+
+    async def empty(self) -> None:
+        async with asyncio.timeout(10):
+            await self.loop.empty.wait()
+        self.engine.check_integrity()
+        assert self.engine.batcher.pool.free == self.engine.batcher.pool.size
+
+
+class Link:
+    """A prefill worker's engine and sender, and a decode worker's engine and receiver."""
+
+    def __init__(self, prefill: Side, decode: Side, fingerprint: str) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.sender = KvSender("p", fingerprint, prefill.engine.runner.cache, SECRET)
+        self.receiver = KvReceiver("model", decode.engine.runner.cache, decode.loop)
+        self.peer: Peer
+        self.connections: list = []
+
+    async def serve(self, connection) -> None:
+        self.connections.append(connection)
+        await self.receiver.serve(connection)
+
+    async def hand_over(self, job) -> None:
+        try:
+            async with self.sender.reserve(job, self.peer) as lease:
+                held = await self.prefill.loop.prefill(job, PROMPT)
+                await lease.push(held)
+        finally:
+            self.prefill.loop.release((job.id, job.epoch))
+
+    async def dial(self):
+        return await dial(self.peer.address.host, self.peer.address.port, SECRET)
+
+
+@pytest.fixture
+def linked(make_engine):
+    @asynccontextmanager
+    async def start(decode_blocks: int = 64, fingerprint: str = "model"):
+        link = Link(Side(make_engine()), Side(make_engine(decode_blocks)), fingerprint)
+        async with AsyncExitStack() as stack:
+            for side in (link.prefill, link.decode):
+                task = asyncio.create_task(side.loop.run())
+                stack.push_async_callback(asyncio.gather, task, return_exceptions=True)
+                stack.callback(task.cancel)
+            bound = await stack.enter_async_context(listen("127.0.0.1", 0, SECRET, link.serve))
+            stack.callback(link.sender.close)
+            link.peer = Peer("d", Address(*bound))
+            yield link
+            await link.prefill.empty()
+            await link.decode.empty()
+
+    return start
+
+
+@pytest.fixture
+def job(make_job):
+    return make_job(ids=PROMPT)
+
+
+def answer(engine, job) -> list:
+    engine.add(job, PROMPT)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step().outputs
+    return said(outputs)
+
+
+def said(outputs) -> list:
+    """What the client sees of them, in order."""
+    return sorted((o.choice, o.position, o.ids, o.text, o.finish) for o in outputs)
+
+
+# ── the straight way ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("choices", [(0,), (0, 1, 2)])
+async def test_two_workers_give_what_one_gives(linked, make_engine, make_job, choices):
+    job = make_job(ids=PROMPT, choices=choices, ignore_eos=True, max_tokens=20)
+    async with linked() as link:
+        await link.hand_over(job)
+        await link.decode.finished()
+        outputs = link.prefill.outputs + link.decode.outputs
+        assert said(outputs) == answer(make_engine(), job)
+        size = 26 * 2 * 2 * 4  # tokens · layers · key and value · bytes
+        assert (link.sender.bytes_sent, link.receiver.bytes_received) == (size, size)
+
+
+async def test_an_idle_connection_is_used_again(linked, make_job):
+    async with linked() as link:
+        for name in ("first", "second", "third"):
+            await link.hand_over(make_job(id=name, ids=PROMPT))
+        assert len(link.connections) == 1
+
+
+async def test_hand_overs_at_once_have_a_connection_each(linked, make_engine, make_job):
+    jobs = [make_job(id=f"job-{n}", ids=PROMPT, seed=n) for n in range(5)]
+    async with linked() as link:
+        await asyncio.gather(*map(link.hand_over, jobs))
+        assert len(link.connections) == 5
+        await link.decode.empty()
+        outputs = link.prefill.outputs + link.decode.outputs
+    for job in jobs:
+        ours = [output for output in outputs if output.id == job.id]
+        assert said(ours) == answer(make_engine(), job)
+
+
+async def test_a_kept_connection_that_the_peer_closed_is_not_used(linked, make_job):
+    async with linked() as link:
+        await link.hand_over(make_job(id="first", ids=PROMPT))
+        link.connections[0].close()
+        await link.hand_over(make_job(id="second", ids=PROMPT))
+        assert len(link.connections) == 2
+
+
+async def test_a_full_decode_pool_makes_the_next_wait_before_its_prefill(linked, make_job, until):
+    async with linked(decode_blocks=3) as link:
+        await link.decode.loop.reserve(make_job(id="other"), PROMPT)
+        moving = asyncio.create_task(link.hand_over(make_job(ids=PROMPT)))
+        await until(lambda: link.decode.engine.batcher.waiting)
+        assert link.prefill.engine.keys == []
+        link.decode.loop.release(("other", 1))
+        await moving
+        await link.decode.finished()
+
+
+# ── what breaks it ──────────────────────────────────────────────────────────────────────────────
+
+
+async def test_another_model_is_refused(linked, job):
+    async with linked(fingerprint="another") as link:
+        with pytest.raises(HandoffFailed, match="do not run the same model"):
+            await link.hand_over(job)
+
+
+async def test_a_job_that_the_decode_worker_can_never_hold(linked, job):
+    async with linked(decode_blocks=1) as link:
+        with pytest.raises(HandoffFailed, match="KV cache holds 16 tokens"):
+            await link.hand_over(job)
+
+
+async def test_nobody_listens(linked, job):
+    async with linked() as link:
+        link.peer = Peer("d", Address("127.0.0.1", 1))
+        with pytest.raises(HandoffFailed, match="d did not take the KV cache"):
+            await link.hand_over(job)
+
+
+async def test_no_blocks_within_the_limit(linked, make_job, job, monkeypatch):
+    monkeypatch.setattr(kv_transfer, "RESERVE_S", 0.05)
+    async with linked(decode_blocks=2) as link:
+        await link.decode.loop.reserve(make_job(id="other"), PROMPT)
+        with pytest.raises(HandoffFailed, match="TimeoutError"):
+            await link.hand_over(job)
+        link.decode.loop.release(("other", 1))
+
+
+async def test_a_lease_without_a_commit_runs_out(linked, job, monkeypatch):
+    monkeypatch.setattr(kv_transfer, "LEASE_S", 0.05)
+    async with linked() as link, link.sender.reserve(job, link.peer):
+        assert link.decode.engine.keys == [KEY]
+        await link.decode.empty()
+
+
+async def test_leaving_without_a_push_ends_the_lease(linked, job):
+    async with linked() as link:
+        async with link.sender.reserve(job, link.peer):
+            assert link.decode.engine.keys == [KEY]
+        await link.decode.empty()
+        assert link.sender.bytes_sent == 0
+
+
+async def test_an_error_of_the_sender_ends_the_lease(linked, job):
+    async with linked() as link:
+        with pytest.raises(ArithmeticError):
+            async with link.sender.reserve(job, link.peer):
+                raise ArithmeticError
+        await link.decode.empty()
+
+
+async def test_the_decode_worker_dies_before_the_push(linked, job):
+    async def push_too_late(link: Link) -> None:
+        async with link.sender.reserve(job, link.peer) as lease:
+            held = await link.prefill.loop.prefill(job, PROMPT)
+            link.connections[0].close()
+            await lease.push(held)
+
+    async with linked() as link:
+        with pytest.raises(HandoffFailed):
+            await push_too_late(link)
+        link.prefill.loop.release(KEY)
+
+
+@pytest.mark.parametrize("when", ["reserved", "waiting"])
+async def test_a_cancel_at_the_decode_worker_ends_the_hand_over(linked, make_job, job, when, until):
+    async with linked(decode_blocks=3) as link:
+        if when == "waiting":
+            await link.decode.loop.reserve(make_job(id="other"), PROMPT)
+        moving = asyncio.create_task(link.hand_over(job))
+        await until(lambda: KEY in link.decode.engine.keys)
+        assert link.receiver.cancel(KEY)
+        with pytest.raises(HandoffFailed):
+            await moving
+        assert not link.receiver.cancel(KEY)
+        link.decode.loop.release(("other", 1))
+
+
+# ── a sender that speaks out of turn ────────────────────────────────────────────────────────────
+
+
+def blocks(**changes) -> KvBlocks:
+    whole = KvBlocks("job", 1, 0, 2, len(PROMPT), 1, 1, "float32", "raw")
+    return msgspec.structs.replace(whole, **changes)
+
+
+HALF = len(PROMPT) * 2 * 4  # bytes of one layer
+COMMIT = Commit("job", 1, (FirstToken(0, 97, 1),))
+WRONG = {
+    "more layers than there are": [(blocks(layers=3), 3 * HALF)],
+    "a layer before the first": [(blocks(first_layer=-1, layers=1), HALF)],
+    "another number of tokens": [(blocks(tokens=25), 2 * HALF - 16)],
+    "another head size": [(blocks(head_dim=2), 4 * HALF)],
+    "another dtype": [(blocks(dtype="float16"), HALF)],
+    "an unknown codec": [(blocks(codec="zip"), 2 * HALF)],
+    "another size than announced": [(blocks(), HALF)],
+    "a commit without any KV": [(COMMIT, 0)],
+    "a commit without the second layer": [(blocks(layers=1), HALF), (COMMIT, 0)],
+    "a commit without choices": [(blocks(), 2 * HALF), (Commit("job", 1, ()), 0)],
+    "a word out of turn": [(Joined(1.0), 0)],
+}
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
+async def test_a_wrong_word_ends_the_connection_and_frees_the_blocks(linked, job, words):
+    async with linked() as link:
+        connection = await link.dial()
+        await connection.send(Reserve(job, "p", "model", 10.0))
+        assert await connection.expect(Reserved) == Reserved("job", 1)
+        for message, size in words:
+            await connection.send(message, [bytes(size)])
+        with pytest.raises(ConnectionError):
+            await connection.receive()
+        await link.decode.empty()
+        connection.close()
+
+
+async def test_layers_may_come_one_by_one(linked, job):
+    async with linked() as link:
+        connection = await link.dial()
+        await connection.send(Reserve(job, "p", "model", 10.0))
+        await connection.expect(Reserved)
+        for layer in (1, 0):
+            await connection.send(blocks(first_layer=layer, layers=1), [bytes(HALF)])
+        await connection.send(COMMIT)
+        assert await connection.expect(Committed) == Committed("job", 1)
+        await link.decode.finished()
+        connection.close()
+
+
+async def test_the_prompt_of_a_reservation_is_ids(linked, make_job):
+    async with linked() as link:
+        connection = await link.dial()
+        await connection.send(Reserve(make_job("text"), "p", "model", 10.0))
+        message, _ = await connection.receive()
+        assert isinstance(message, Refused)
+        connection.close()
+
+
+@pytest.mark.parametrize("cut", [0, 1, HALF])
+async def test_a_prefill_worker_that_dies_in_the_middle_of_a_push(linked, job, cut):
+    async with linked() as link:
+        connection = await link.dial()
+        await connection.send(Reserve(job, "p", "model", 10.0))
+        await connection.expect(Reserved)
+        await connection.send(blocks(layers=1), [bytes(HALF)])
+        if cut:
+            sending = asyncio.create_task(connection.send(blocks(), [bytes(cut)]))
+            await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        connection.close()
+        await link.decode.empty()
