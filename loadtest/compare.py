@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Vector = NDArray[np.float64]
 
 _DRAWS = 1000
+_NEGLIGIBLE = 0.01
 _SEED = 1
 
 
@@ -41,7 +42,9 @@ class Line(msgspec.Struct):
 
     @property
     def significant(self) -> bool:
-        return self.low > 0 or self.high < 0
+        """Beyond chance, and beyond what anybody minds: 1 % of A."""
+        beyond_chance = self.low > 0 or self.high < 0
+        return beyond_chance and abs(self.b - self.a) > _NEGLIGIBLE * abs(self.a)
 
     @property
     def verdict(self) -> Literal["same", "better", "worse"]:

@@ -89,7 +89,7 @@ def _verdict(console: Console, report: Report) -> None:
 
 
 def _latencies(report: Report) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for name in ("", "mean", "p50", "p90", "p95", "p99", "max"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for key, title in NAMES.items():

@@ -142,7 +142,7 @@ def build(
     histograms |= {"itl_chunk": gaps[0].chunk, "itl_token": gaps[0].token}
     latencies = {name: quantiles(found) for name, found in values.items()}
     latencies |= {name: _of_histogram(histograms[name]) for name in ("itl_chunk", "itl_token")}
-    cut = warmup_length([outcome.ttft for outcome in answered])
+    cut = 0 if faults else warmup_length([outcome.ttft for outcome in answered])
     return Report(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         load=spec.load(),

@@ -161,7 +161,9 @@ def _faults(report: Report) -> str:
     if faults is None:
         return ""
     found = faults.integrity
-    unbroken = "" if faults.unbroken_share is None else f"; unbroken {faults.unbroken_share:.2%}"
+    unbroken = (
+        "" if faults.unbroken_share is None else f"; without them {faults.unbroken_share:.2%}"
+    )
     return frame.table(
         "Attainment before, during and after the faults",
         ("", "requests", "met SLO", "95 % interval", "failed"),

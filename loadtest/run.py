@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loadtest.spec import Spec
     from loadtest.workload import Ask, Workload
 
+_PAUSE_AFTER_ERROR = 0.1  # so that a closed loop does not spin against a dead endpoint
 _SWEEP = 0.25  # seconds between looks for requests past their time
 
 
@@ -94,16 +95,16 @@ class Runner:
         if self._due is not None:
             self._deadlines.at(self._start + self._due.at, self._send_due)
         else:
-            self._deadlines.at(self._last_call(), self._out_of_time)
+            self._set_last_call()
             self._end_if_idle()
 
-    def _last_call(self) -> float:
+    def _set_last_call(self) -> None:
+        """Where answers bring further requests, each request's own time limit ends the run."""
         spec = self._spec
         if spec.closed and spec.duration is not None:
-            return self._start + spec.duration + spec.grace
-        if spec.closed or spec.turns > 1:
-            return float("inf")  # each request has its own time limit
-        return monotonic() + spec.grace
+            self._deadlines.at(self._start + spec.duration + spec.grace, self._out_of_time)
+        elif not spec.closed and spec.turns == 1:
+            self._deadlines.at(monotonic() + spec.grace, self._out_of_time)
 
     def _send_due(self) -> None:
         ask = self._due
@@ -139,7 +140,8 @@ class Runner:
         if self._stopped:
             return
         broken = result.error is not None and ask.session >= 0  # nothing to answer to
-        later = None if broken else self._workload.follow(ask, answer, result.end)
+        pause = _PAUSE_AFTER_ERROR if result.error else 0.0
+        later = None if broken else self._workload.follow(ask, answer, result.end + pause)
         if later is not None:
             self._waiting += 1
             self._deadlines.at(self._start + later.at, partial(self._send_later, later))

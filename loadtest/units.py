@@ -33,8 +33,10 @@ def seconds(text: str, option: str, *, positive: bool = True) -> float:
 
 def seconds_text(value: float) -> str:
     """Three figures that mean something, in the unit that suits."""
+    if value == 0:
+        return "0"
     if value < 1e-3:
         return f"{value * 1e6:.0f} µs"
     if value < 1:
         return f"{value * 1e3:.3g} ms"
-    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+    return f"{value:.3g} s" if value < 100 else f"{value:.0f} s"

@@ -210,7 +210,8 @@ def test_numbers_may_be_fractions():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(5e-5, "50 µs"), (0.0123, "12.3 ms"), (3.21, "3.2 s"), (321, "321 s")]
+    ("value", "text"),
+    [(5e-5, "50 µs"), (0.0123, "12.3 ms"), (3.214, "3.21 s"), (0, "0"), (321, "321 s")],
 )
 def test_times_are_written_in_the_unit_that_suits(value, text):
     assert seconds_text(value) == text
