@@ -42,6 +42,7 @@ class Sequence:
     forks: tuple[int, ...] = ()  # further choices that start from this prompt's KV
     hold: bool = False  # after the first token, keep the KV for a push
     awaits_kv: bool = False  # admitted only to hold blocks, until `resume`
+    read: bool = False  # something is read off its prompt's rows, so cached blocks do not help
 
     @property
     def position(self) -> int:
@@ -234,7 +235,9 @@ class Batcher:
         At least the last token is computed, since its logits are wanted. KV that is to arrive goes
         into blocks of its own: others may be reading the cached ones.
         """
-        known = 0 if sequence.awaits_kv else (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        known = (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        if sequence.awaits_kv or sequence.read:
+            known = 0
         found = self.pool.find(sequence.block_names(known))
         self.pool.share(found)
         needed = blocks_for(len(sequence.tokens)) - len(found)

@@ -130,8 +130,20 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[Alternative, ...]
 
 
+class Echo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A prompt, for an answer that repeats it. Where logprobs are asked for, its tokens too."""
+
+    text: str
+    first: bytes  # the first token: nothing comes before it, so it has no logprob
+    tokens: tuple[TokenLogprob, ...] = ()  # the others
+
+
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step gave one choice: ids[0] is the choice's token number `position`."""
+    """What one step gave one choice: ids[0] is the choice's token number `position`.
+
+    `echo` and `cached` (prompt tokens whose KV was here already) come with the first output of a
+    job's first choice. An answer of no tokens has one output without ids.
+    """
 
     id: str
     epoch: int
@@ -141,6 +153,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    echo: Echo | None = None
+    cached: int = 0
 
 
 class Outputs(Wire, frozen=True):

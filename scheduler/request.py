@@ -76,3 +76,9 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     choices: tuple[int, ...] = (0,)
     emitted: TokenIds = []
     sent: int = 0
+    echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
+
+    @property
+    def prefill_only(self) -> bool:
+        """It ends with its prompt, or with the first token after it."""
+        return self.limits.max_tokens is not None and self.limits.max_tokens <= 1

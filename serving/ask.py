@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from scheduler.messages import FinishReason, TokenLogprob
+from scheduler.messages import Echo, FinishReason, TokenLogprob
 from scheduler.request import Limits, Prompt, Sampling
 
 if TYPE_CHECKING:
@@ -24,16 +24,22 @@ class Ask(msgspec.Struct, frozen=True):
     limits: Limits
     n: int
     created: float  # Unix seconds of arrival
+    echo: bool = False
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """A piece of one choice. `index` is prompt index · n + choice index, as OpenAI counts."""
+    """A piece of one choice. `index` is prompt index · n + choice index, as OpenAI counts.
+
+    `echo` comes with a choice's first piece, `cached` with that of a prompt's first choice.
+    """
 
     index: int
     text: str
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    echo: Echo | None = None
+    cached: int = 0  # prompt tokens whose KV was known already
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

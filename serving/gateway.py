@@ -24,6 +24,7 @@ from serving.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from scheduler.messages import Echo
     from scheduler.routing import Route
     from serving.ask import Ask
     from serving.members import Members
@@ -66,7 +67,9 @@ class Live:
     generation: Generation
     stream: Stream
     first_index: int  # of its choices in the reply
+    echo: Echo | None = None
     placements: dict[int, Placement] = field(default_factory=dict)
+    waiting: set[asyncio.Task[None]] = field(default_factory=set)  # replays without a worker
 
 
 class Gateway:
@@ -82,7 +85,6 @@ class Gateway:
         self._nonce = secrets.token_hex(4)
         self._numbers = itertools.count()
         self._averages: dict[str, Averages] = {}
-        self._waiting: set[asyncio.Task[None]] = set()
         members.on_message = self._on_message
         members.on_lost = self._on_lost
 
@@ -145,6 +147,7 @@ class Gateway:
             created=ask.created,
             prompt_index=index,
             choices=tuple(range(ask.n)),
+            echo=ask.echo,
         )
         live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)
         return live
@@ -197,6 +200,7 @@ class Gateway:
 
     def _deliver(self, live: Live, instruction: Deliver) -> None:
         output = instruction.output
+        live.echo = output.echo or live.echo  # sent once, for all choices
         live.stream.feed(
             Delta(
                 index=live.first_index + output.choice,
@@ -204,12 +208,16 @@ class Gateway:
                 tokens=len(output.ids),
                 logprobs=output.logprobs,
                 finish=output.finish,
+                echo=None if output.position else live.echo,
+                cached=output.cached,
             )
         )
 
     def _end(self, live: Live, instruction: End) -> None:
         generation = live.generation
         del self._live[generation.job.id]
+        for task in live.waiting:
+            task.cancel()
         if instruction.error is None:
             for ledger in generation.ledgers.values():
                 if ledger.finished:
@@ -225,8 +233,8 @@ class Gateway:
                 self._obey(live, live.generation.unroutable(place.job.epoch, error))
                 return
             task = asyncio.create_task(self._place_later(live, place))
-            self._waiting.add(task)
-            task.add_done_callback(self._waiting.discard)
+            live.waiting.add(task)
+            task.add_done_callback(live.waiting.discard)
 
     def _try(self, live: Live, place: Place) -> None:
         """Raises Unavailable."""
@@ -241,17 +249,18 @@ class Gateway:
         self._obey(live, live.generation.routed(job.epoch, route))
 
     async def _place_later(self, live: Live, place: Place) -> None:
-        """Try again whenever a worker joins, for at most REPLAY_WAIT_S."""
+        """Try again whenever a worker joins, for at most REPLAY_WAIT_S.
+
+        Trying comes before waiting: a worker may have joined since the first try.
+        """
         epoch = place.job.epoch
         try:
             async with asyncio.timeout(REPLAY_WAIT_S):
-                while True:
-                    await self._members.changed()
-                    if epoch not in live.generation.attempts:
-                        return  # the client left
+                while epoch in live.generation.attempts:  # else the client left
                     with suppress(Unavailable):
                         self._try(live, place)
                         return
+                    await self._members.changed()
         except TimeoutError:
             error = Unavailable("every worker of this model was lost", retry_after=REPLAY_WAIT_S)
             self._obey(live, live.generation.unroutable(epoch, error))

@@ -29,6 +29,7 @@ def _job(
     logprobs: int | None = None,
     emitted: list[int] | None = None,
     sent: int = 0,
+    echo: bool = False,
     **limits,
 ) -> Job:
     prompt = Prompt(text=text) if ids is None else Prompt(ids=ids)
@@ -43,6 +44,7 @@ def _job(
         choices=choices,
         emitted=emitted or [],
         sent=sent,
+        echo=echo,
     )
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from scheduler.batching import Batcher, Sequence, Slice, Step
 from scheduler.blocks import blocks_for
 from scheduler.errors import BadRequest
-from scheduler.messages import Alternative, FinishReason, FirstToken, Output, TokenLogprob
+from scheduler.messages import FirstToken, Output
+from workers.choice import Choice
+from workers.runner import Wishes
 from workers.sampling import check
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from scheduler.request import Job, TokenIds
     from workers.runner import Runner, Sampled
-    from workers.text import TextStream, Tokens
+    from workers.text import Tokens
 
 Key = tuple[str, int]
 
@@ -59,7 +61,7 @@ class Engine:
         self._clock = clock
         self.steps = 0
         self.tokens = 0
-        self._streams: dict[Sequence, TextStream] = {}
+        self._choices: dict[Sequence, Choice] = {}
         self._jobs: dict[Key, list[Sequence]] = {}
 
     @property
@@ -87,7 +89,7 @@ class Engine:
         context = self.text.context_length
         room = context - len(prompt)
         asked = job.limits.max_tokens
-        if room < 1 or (asked or 0) > room:
+        if room < (1 if asked is None else asked):
             wish = f"{asked} tokens of output" if asked and room >= 1 else "an answer"
             raise BadRequest(
                 f"This model's context is {context} tokens; the prompt has {len(prompt)}, which "
@@ -110,7 +112,10 @@ class Engine:
         """Compute a job here; with `hold` only its prompt and first tokens (see Held)."""
         sequence = self._sequence(job, prompt, job.choices[0], job.choices[1:])
         sequence.hold = hold
-        self._begin(sequence, job.emitted, job.sent)
+        choice = self._begin(sequence, job.emitted, job.sent)
+        if job.echo and not job.emitted:
+            choice.repeat(prompt)
+            sequence.read = choice.reading is not None
         self.batcher.add(sequence)
 
     def reserve(self, job: Job, prompt: TokenIds) -> None:
@@ -141,7 +146,7 @@ class Engine:
         """Free all that a job holds. False if it held nothing."""
         sequences = self._jobs.pop(key, [])
         for sequence in sequences:
-            self._streams.pop(sequence, None)
+            self._choices.pop(sequence, None)
             self.batcher.remove(sequence)
         return bool(sequences)
 
@@ -161,9 +166,13 @@ class Engine:
 
     def _run(self, plan: Step) -> list[Sampled]:
         start = self._clock()
-        drawn = self.runner.run(plan.slices)
+        drawn = self.runner.run(plan.slices, self._wishes(plan))
         self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, self._clock() - start)
         return drawn
+
+    def _wishes(self, plan: Step) -> Wishes:
+        choices = ((piece.sequence, self._choices[piece.sequence]) for piece in plan.slices)
+        return Wishes(readings={s: c.reading for s, c in choices if c.reading})
 
     def check_integrity(self) -> None:
         """Every sequence belongs to a job; blocks as the batcher checks them."""
@@ -184,11 +193,13 @@ class Engine:
             forks=forks,
         )
 
-    def _begin(self, sequence: Sequence, emitted: TokenIds, sent: int) -> None:
-        """Know the sequence: its text so far, and the job it belongs to."""
+    def _begin(self, sequence: Sequence, emitted: TokenIds, sent: int) -> Choice:
+        """Know the sequence: what it has said so far, and the job it belongs to."""
         job = sequence.job
-        self._streams[sequence] = self.text.stream(job.limits.stop, emitted, sent)
+        choice = Choice(self.text, job, sequence.choice, sequence.max_tokens, emitted, sent)
+        self._choices[sequence] = choice
         self._jobs.setdefault((job.id, job.epoch), []).append(sequence)
+        return choice
 
     def _fork(self, parent: Sequence, children: list[Sequence]) -> None:
         for child in children:
@@ -224,7 +235,7 @@ class Engine:
         parent = sequences[0]
         job = parent.job
         firsts = tuple(
-            FirstToken(o.choice, o.ids[0], self._streams[s].sent)
+            FirstToken(o.choice, o.ids[0], self._choices[s].sent)
             for s, o in zip(sequences, outputs, strict=True)
             if not o.finish
         )
@@ -232,40 +243,14 @@ class Engine:
         self.batcher.stage(parent)
 
     def _append(self, sequence: Sequence, drawn: Sampled) -> Output:
-        """One more token: its text, and whether it is the last."""
-        job, stream = sequence.job, self._streams[sequence]
-        position = sequence.position
-        sequence.tokens.append(drawn.token)
-        finish: FinishReason | None = None
-        if drawn.token in self.text.eos_ids and not job.limits.ignore_eos:
-            text, finish = stream.finish(), FinishReason.STOP
-        else:
-            text = stream.push(drawn.token)
-            if stream.stopped:
-                finish = FinishReason.STOP
-            elif sequence.position >= sequence.max_tokens:
-                text, finish = text + stream.finish(), FinishReason.LENGTH
-        return Output(
-            id=job.id,
-            epoch=job.epoch,
-            choice=sequence.choice,
-            position=position,
-            ids=[drawn.token],
-            text=text,
-            logprobs=() if job.sampling.logprobs is None else (self._logprob(drawn),),
-            finish=finish,
-        )
-
-    def _logprob(self, drawn: Sampled) -> TokenLogprob:
-        top = tuple(Alternative(*self._spell(token), logprob) for token, logprob in drawn.top)
-        return TokenLogprob(*self._spell(drawn.token), drawn.logprob, top)
-
-    def _spell(self, token: int) -> tuple[str, bytes]:
-        return self.text.token_text(token), self.text.token_bytes(token)
+        output = self._choices[sequence].take(drawn, sequence.cached)
+        sequence.tokens += output.ids
+        sequence.read = False
+        return output
 
     def _finish(self, sequence: Sequence) -> None:
         key = (sequence.job.id, sequence.job.epoch)
-        self._streams.pop(sequence)
+        self._choices.pop(sequence)
         self.batcher.remove(sequence)
         self._jobs[key].remove(sequence)
         if not self._jobs[key]:

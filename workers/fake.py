@@ -20,7 +20,7 @@ from scheduler.errors import BadRequest, SetupError
 from scheduler.messages import Rates
 from scheduler.models import BLOCK_TOKENS, ModelShape
 from workers.kv_cache import KvCache
-from workers.runner import Sampled
+from workers.runner import NO_WISHES, Sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from scheduler import batching
     from scheduler.batching import Slice
     from scheduler.request import Prompt, TokenIds
+    from workers.runner import Wishes
 
 EOS = 256
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
@@ -143,7 +144,7 @@ class FakeRunner:
         self._options = options
         self._sleep = sleep
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+    def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
         seconds = self._options.step_ms / 1000
         if self._options.prefill_tps:
@@ -153,6 +154,8 @@ class FakeRunner:
             self._sleep(seconds)
         for piece in slices:
             self._write(piece)
+            if reading := wishes.readings.get(piece.sequence):
+                reading.take(piece.start, _scores(piece, reading.top))
         return [self._draw(s.sequence, choice) for s in slices for choice in s.choices]
 
     def rates(self) -> Rates:
@@ -181,8 +184,20 @@ class FakeRunner:
         noise = (context, count, sampling.seed, sequence.job.prompt_index, choice, position)
         digest = hashlib.blake2b(repr(noise).encode(), digest_size=1).digest()[0]
         token = _ALPHABET[digest % len(_ALPHABET)]
-        top = tuple((_ALPHABET[i], -1.0 - i) for i in range(sampling.logprobs or 0))
-        return Sampled(token, -0.5, top)
+        return Sampled(token, -0.5, _top(sampling.logprobs or 0))
+
+
+def _scores(piece: Slice, top: int) -> list[Sampled]:
+    """Of the prompt's tokens after those of the slice: a number that depends on what precedes."""
+    sequence = piece.sequence
+    ends = range(piece.start + 1, min(piece.end + 1, sequence.prompt_len))
+    return [
+        Sampled(sequence.tokens[i], -float(sequence.tokens[i - 1]) / 100, _top(top)) for i in ends
+    ]
+
+
+def _top(count: int) -> tuple[tuple[int, float], ...]:
+    return tuple((_ALPHABET[i], -1.0 - i) for i in range(count))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -10,13 +10,15 @@ from scheduler.blocks import blocks_for
 from scheduler.models import BLOCK_TOKENS
 from workers.kv_cache import KvCache
 from workers.model import Batch, Decode, Model, Prefill
+from workers.reading import read
+from workers.runner import NO_WISHES
 from workers.sampling import Draw, sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from scheduler.batching import Slice
-    from workers.runner import Sampled
+    from workers.runner import Sampled, Wishes
     from workers.weights.checkpoint import Checkpoint
 
 GROUP_BLOCKS = 128  # blocks of cache that one call of decode attention reads, unless it is one row
@@ -32,10 +34,13 @@ class NativeRunner:
         self.cache = KvCache(self.model.shape, kv_blocks)
         self._cache = torch.from_numpy(self.cache.data)  # the same memory
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+    def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """One Sampled for each choice of each slice, in that order (see Slice.choices)."""
-        logits = self.model.forward(make_batch(slices), self._cache)
-        return sample(logits, make_draws(slices))
+        batch = make_batch(slices)
+        hidden = self.model.hidden(batch, self._cache)
+        if wishes.readings:
+            read(slices, hidden, self.model.logits, wishes.readings)
+        return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices))
 
 
 def make_batch(slices: Sequence[Slice]) -> Batch:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from scheduler import batching
     from scheduler.batching import Slice
     from workers.kv_cache import KvCache
 
@@ -21,12 +22,34 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(slots=True)
+class Reading:
+    """What is read off a prompt while it passes, chunk by chunk."""
+
+    top: int  # how many alternatives to report beside each token
+    scores: list[Sampled] = field(default_factory=list)  # of its second token, its third, …
+
+    def take(self, start: int, scores: list[Sampled]) -> None:
+        """The tokens after position `start` on. A prompt that is computed anew is read anew."""
+        self.scores[start:] = scores
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What some of the sequences want beyond plain draws."""
+
+    readings: Mapping[batching.Sequence, Reading] = field(default_factory=dict)
+
+
+NO_WISHES = Wishes()
+
+
 class Runner(Protocol):
     """Computes slices: writes their KV into `cache` and draws the tokens that follow them."""
 
     cache: KvCache
     vocab: int  # V: token ids are 0 to V - 1
 
-    def run(self, slices: Sequence[Slice]) -> list[Sampled]:
+    def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """One Sampled for each choice of each slice, in that order (see Slice.choices)."""
         ...

@@ -39,7 +39,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "frequency_penalty": Bounds(-2, 2),
     # Logits are divided by it in float32: nearer to the ends they would overflow.
     "repetition_penalty": Bounds(0.01, 100),
-    "max_tokens": Bounds(1, INT32_MAX),
+    "max_tokens": Bounds(0, INT32_MAX),  # 0 only with echo
     "max_completion_tokens": Bounds(1, INT32_MAX),
     "top_logprobs": Bounds(0, 20),
     "seed": Bounds(-(2**63), 2**63 - 1),
@@ -59,7 +59,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "prompt_logprobs": (False,),
-    "echo": (False,),
     "suffix": ("",),
 }
 

@@ -17,7 +17,7 @@ from serving.ask import Delta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from scheduler.messages import TokenLogprob
+    from scheduler.messages import Echo, TokenLogprob
     from serving.openai.requests import Call
 
 DONE = b"data: [DONE]\n\n"
@@ -91,9 +91,15 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 class TextLogprobs(msgspec.Struct, frozen=True):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+    def add(self, token: TokenLogprob, offset: int) -> None:
+        self.tokens.append(token.token)
+        self.token_logprobs.append(_finite(token.logprob))
+        self.top_logprobs.append(_text_top(token))
+        self.text_offset.append(offset)
 
 
 class TextChoice(msgspec.Struct, frozen=True):
@@ -172,9 +178,13 @@ class CompletionReply(Reply):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._offsets: defaultdict[int, Offsets] = defaultdict(Offsets)
+        self._prompts = [prompt.text for prompt in call.ask.prompts for _ in range(call.ask.n)]
 
     def _piece(self, delta: Delta) -> TextChoice:
-        return TextChoice(delta.index, delta.text, self._logprobs(delta), delta.finish)
+        text = delta.text
+        if delta.echo:
+            text = self._prompt(delta.index, delta.echo) + text
+        return TextChoice(delta.index, text, self._logprobs(delta), delta.finish)
 
     def _choice(self, choice: Delta) -> TextChoice:
         return self._piece(choice)
@@ -182,13 +192,24 @@ class CompletionReply(Reply):
     def _logprobs(self, delta: Delta) -> TextLogprobs | None:
         if not self._with_logprobs:
             return None
+        found = TextLogprobs([], [], [], [])
         offsets = self._offsets[delta.index]
-        return TextLogprobs(
-            tokens=[token.token for token in delta.logprobs],
-            token_logprobs=[_finite(token.logprob) for token in delta.logprobs],
-            top_logprobs=[_text_top(token) for token in delta.logprobs],
-            text_offset=[offsets.take(token.raw) for token in delta.logprobs],
-        )
+        if echo := delta.echo:
+            offsets.hide(echo, self._prompt(delta.index, echo))
+            found.tokens.append(echo.first.decode(errors="replace"))
+            found.token_logprobs.append(None)
+            found.top_logprobs.append(None)
+            found.text_offset.append(offsets.take(echo.first))
+            for token in echo.tokens:
+                found.add(token, offsets.take(token.raw))
+        for token in delta.logprobs:
+            found.add(token, offsets.take(token.raw))
+        return found
+
+    def _prompt(self, index: int, echo: Echo) -> str:
+        """As the client sent it, or as its ids read."""
+        sent = self._prompts[index]
+        return echo.text if sent is None else sent
 
 
 class Offsets:
@@ -200,9 +221,19 @@ class Offsets:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = 0
+        self._hidden = 0  # bytes
+
+    def hide(self, echo: Echo, prompt: str) -> None:
+        """Do not count what the tokenizer put before the prompt: bos, or the space of a word."""
+        raw = echo.first + b"".join(token.raw for token in echo.tokens)
+        if raw.endswith(sent := prompt.encode()):
+            self._hidden = len(raw) - len(sent)
 
     def take(self, raw: bytes) -> int:
         start = self._characters
+        hidden = min(self._hidden, len(raw))
+        self._hidden -= hidden
+        raw = raw[hidden:]
         self._characters += len(self._decoder.decode(raw))
         return start
 
@@ -230,6 +261,8 @@ def _join(deltas: list[Delta]) -> Delta:
         tokens=sum(delta.tokens for delta in deltas),
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),
         finish=last.finish,
+        echo=deltas[0].echo,
+        cached=deltas[0].cached,
     )
 
 

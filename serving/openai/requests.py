@@ -89,7 +89,7 @@ class CompletionBody(Body, kw_only=True):
     prompt: str | list[str | TokenId | list[TokenId]]
     logprobs: int | None = None
     best_of: int | None = None
-    echo: Any = None
+    echo: bool | None = None
     suffix: Any = None
 
 
@@ -108,7 +108,7 @@ _COMPLETION = msgspec.json.Decoder(CompletionBody)
 def chat(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
     """Raises BadRequest, which names the field."""
     body = checks.decode(raw, _CHAT)
-    _check(body)
+    _check(body, least_tokens=1)
     messages = tuple(_message(message, at) for at, message in enumerate(body.messages))
     if not messages:
         raise _refuse("messages", "must hold at least one message")
@@ -123,16 +123,20 @@ def chat(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
 def completion(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
     """Raises BadRequest, which names the field."""
     body = checks.decode(raw, _COMPLETION)
-    _check(body)
+    _check(body, least_tokens=0 if body.echo else 1)
     checks.check_bounds(body, {"logprobs": checks.COMPLETION_LOGPROBS})
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise _refuse("best_of", "must be equal to n: choosing among more is not supported")
-    return _call(body, _prompts(body.prompt), body.logprobs, ask_id, created, limits)
+    call = _call(body, _prompts(body.prompt), body.logprobs, ask_id, created, limits)
+    ask = msgspec.structs.replace(call.ask, echo=bool(body.echo))
+    return msgspec.structs.replace(call, ask=ask)
 
 
-def _check(body: Body) -> None:
+def _check(body: Body, *, least_tokens: int) -> None:
     checks.check_bounds(body)
     checks.check_supported(body)
+    if body.max_tokens is not None and body.max_tokens < least_tokens:
+        raise _refuse("max_tokens", "must be at least 1, or 0 with echo")
     if body.stream_options is not None and not body.stream:
         raise _refuse("stream_options", "is only allowed when stream is true")
     for token, bias in (body.logit_bias or {}).items():

@@ -7,16 +7,17 @@ import math
 
 import pytest
 
-from scheduler.messages import Alternative, FinishReason, TokenLogprob
+from scheduler.messages import Alternative, Echo, FinishReason, TokenLogprob
 from scheduler.request import Limits, Prompt, Sampling
 from serving.ask import Ask, Delta
 from serving.openai.replies import ChatReply, Collected, CompletionReply, Usage
 from serving.openai.requests import Call
 
 
-def call(logprobs=None, stream=True, include_usage=False, request_id="i"):
+def call(logprobs=None, stream=True, include_usage=False, request_id="i", prompt=None):
     sampling = Sampling(1, logprobs=logprobs)
-    ask = Ask(request_id, 'mo"del', (Prompt(text="x"),), sampling, Limits(), 1, 9.75)
+    prompts = (prompt or Prompt(text="x"),)
+    ask = Ask(request_id, 'mo"del', prompts, sampling, Limits(), 1, 9.75)
     return Call(ask, stream, include_usage)
 
 
@@ -85,6 +86,28 @@ def test_offsets_count_characters_across_chunks_and_parts_of_characters_begin_to
         for tokens in (first, second)
     ]
     assert offsets == [[0, 2], [2, 3]]  # "añ€b"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "offsets"),
+    [
+        (Prompt(text="Hi you"), b"Hi", [0, 2, 6]),
+        (Prompt(text="Hi you"), b" Hi", [0, 2, 6]),  # a SentencePiece word's space
+        (Prompt(text=" you"), b"<s>", [0, 0, 4]),  # a beginning that the client did not write
+        (Prompt(ids=[1, 2]), b"<s>", [0, 3, 7]),
+    ],
+)
+def test_an_echo_is_the_prompt_as_sent_and_its_first_token_has_no_logprob(prompt, first, offsets):
+    reply = CompletionReply(call(logprobs=1, prompt=prompt))
+    echo = Echo((first + b" you").decode(), first, (token(" you"),))
+    sent = event(reply.chunk(Delta(0, "!", 1, (token("!"),), echo=echo)))["choices"][0]
+    assert sent["text"] == ((first.decode() + " you") if prompt.ids else prompt.text) + "!"
+    assert sent["logprobs"] == {
+        "tokens": [first.decode(), " you", "!"],
+        "token_logprobs": [None, -1.0, -1.0],
+        "top_logprobs": [None, {" you": -1.0}, {"!": -1.0}],
+        "text_offset": offsets,
+    }
 
 
 def test_offsets_are_counted_for_each_choice_apart():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 
 from scheduler.errors import BadRequest
@@ -94,6 +95,7 @@ def test_logprobs_say_how_many_alternatives(call, logprobs):
 @pytest.mark.parametrize(
     ("fields", "limits"),
     [
+        ({"max_tokens": 1}, Limits(max_tokens=1)),
         ({"max_tokens": 5}, Limits(max_tokens=5)),
         ({"max_completion_tokens": 6}, Limits(max_tokens=6)),
         ({"max_tokens": 5, "max_completion_tokens": 6}, Limits(max_tokens=6)),
@@ -127,6 +129,21 @@ def test_content_is_flattened_to_text(role):
 )
 def test_the_four_shapes_of_a_prompt(prompt, prompts):
     assert completion(prompt=prompt).ask.prompts == prompts
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_echo_needs_no_answer(max_tokens):
+    ask = completion(echo=True, max_tokens=max_tokens, logprobs=1).ask
+    assert ask == msgspec.structs.replace(
+        completion(max_tokens=1, logprobs=1).ask, echo=True, limits=Limits(max_tokens=max_tokens)
+    )
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_an_answer_of_no_tokens_is_refused_without_echo(parse):
+    with pytest.raises(BadRequest) as caught:
+        parse(max_tokens=0)
+    assert caught.value.message == "max_tokens must be at least 1, or 0 with echo."
 
 
 def test_streaming_and_usage():
@@ -222,7 +239,6 @@ def test_a_bad_completion_is_refused_by_its_fields_name(fields, param):
         (chat, "modalities", ["text"], ["text", "audio"]),
         (chat, "prediction", None, {"type": "content", "content": "x"}),
         (chat, "prompt_logprobs", None, 1),
-        (completion, "echo", False, True),
         (completion, "suffix", "", "end"),
         (completion, "best_of", 1, 2),
         (completion, "prompt_logprobs", None, 1),

@@ -1,0 +1,91 @@
+"""What the tokens of one choice mean: its text, its end, and what is reported beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scheduler.messages import Alternative, Echo, FinishReason, Output, TokenLogprob
+from workers.runner import Reading
+
+if TYPE_CHECKING:
+    from scheduler.request import Job, TokenIds
+    from workers.runner import Sampled
+    from workers.text import Tokens
+
+
+class Choice:
+    """One choice of a job, from its start or from where another worker left it."""
+
+    def __init__(
+        self, text: Tokens, job: Job, number: int, max_tokens: int, emitted: TokenIds, sent: int
+    ) -> None:
+        """For `emitted` and `sent` see workers.text.Tokens.stream."""
+        self.reading: Reading | None = None  # filled while the prompt is computed
+        self._text = text
+        self._job = job
+        self._number = number
+        self._max_tokens = max_tokens
+        self._position = len(emitted)
+        self._stream = text.stream(job.limits.stop, emitted, sent)
+        self._repeats: TokenIds = []
+
+    @property
+    def sent(self) -> int:
+        """Characters given so far."""
+        return self._stream.sent
+
+    def repeat(self, prompt: TokenIds) -> None:
+        """The first output shall bring the prompt along."""
+        self._repeats = prompt
+        if self._job.sampling.logprobs is not None:
+            self.reading = Reading(self._job.sampling.logprobs)
+
+    def take(self, drawn: Sampled, cached: int) -> Output:
+        """One more token. `cached` is what the first output says of the prompt."""
+        first = self._position == 0
+        wanted = self._max_tokens > 0
+        text, finish = self._say(drawn.token) if wanted else ("", FinishReason.LENGTH)
+        logprobs = wanted and self._job.sampling.logprobs is not None
+        output = Output(
+            id=self._job.id,
+            epoch=self._job.epoch,
+            choice=self._number,
+            position=self._position,
+            ids=[drawn.token] if wanted else [],
+            text=text,
+            logprobs=(self._logprob(drawn),) if logprobs else (),
+            finish=finish,
+            echo=self._echo() if first and self._repeats else None,
+            cached=cached if first else 0,
+        )
+        self._position += len(output.ids)
+        return output
+
+    def _say(self, token: int) -> tuple[str, FinishReason | None]:
+        """The text that a token lets out, and why it is the last one, if it is."""
+        stream, limits = self._stream, self._job.limits
+        if token in self._text.eos_ids and not limits.ignore_eos:
+            return stream.finish(), FinishReason.STOP
+        text = stream.push(token)
+        if stream.stopped:
+            return text, FinishReason.STOP
+        if self._position + 1 >= self._max_tokens:
+            return text + stream.finish(), FinishReason.LENGTH
+        return text, None
+
+    def _echo(self) -> Echo:
+        spelled = [self._text.token_bytes(token) for token in self._repeats]
+        scores = self.reading.scores if self.reading else []
+        self.reading = None
+        return Echo(
+            text=b"".join(spelled).decode(errors="replace"),
+            first=spelled[0],
+            tokens=tuple(self._logprob(score) for score in scores),
+        )
+
+    def _logprob(self, drawn: Sampled) -> TokenLogprob:
+        top = tuple(Alternative(*self._spell(token), logprob) for token, logprob in drawn.top)
+        return TokenLogprob(*self._spell(drawn.token), drawn.logprob, top)
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
+        return self._text.token_text(token), self._text.token_bytes(token)
