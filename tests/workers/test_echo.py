@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_with_logprobs_it_brings_a_score_for_every_token_but_the_first(make_engi
     echo = serve(make_engine(), make_job(echo=True, logprobs=1))[0].echo
     assert echo.tokens == tuple(
         TokenLogprob(chr(token), bytes([token]), -before / 100, (Alternative("a", b"a", -1.0),))
-        for before, token in zip(PROMPT, PROMPT[1:], strict=False)
+        for before, token in pairwise(PROMPT)
     )
 
 
@@ -81,7 +83,7 @@ def test_neither_chunks_nor_the_prefix_cache_nor_preemption_change_a_score(
     engine.add(older, PROMPT[:20])
     engine.step()
     outputs = serve(engine, job)
-    assert [o.echo for o in outputs if o.id == job.id][0] == expected
+    assert next(o.echo for o in outputs if o.id == job.id) == expected
 
 
 def test_the_first_output_says_what_was_cached_unless_the_prompt_was_read(make_engine, make_job):
