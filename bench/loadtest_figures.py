@@ -1,4 +1,4 @@
-"""What the load test itself can do: `python bench/loadtest_figures.py speed|start|gamma|search|live`.
+"""What the load test itself can do: `python bench/loadtest_figures.py [speed|start|gamma|…]`.
 
 speed   streaming requests per CPU-second of the client: marginal cost between two run lengths
 start   seconds until the command has ended that sends one request, and until `--help` has
@@ -126,20 +126,20 @@ def search() -> None:
 
 
 def live() -> None:
-    """Eight slots of 40 ms; the wait of at most 80 ms is a TTFT of at most 120 ms."""
-    queue, wait = Queue(8, 0.04), 0.08
+    """Four slots of 10 ms; a wait of at most 25 ms is a TTFT of at most 35 ms."""
+    queue, wait = Queue(4, 0.01), 0.025
     capacity = queue.capacity(wait, SHARE)
     print(f"analytic capacity {capacity:.1f}/s")
     for seed in range(3):
-        with server("--ttft", "40ms", "--itl", "1ms", "--slots", "8") as url:
-            words = ("--url", url, "--from", "25", "--input", "4", "--output", "1")
+        with server("--ttft", "10ms", "--itl", "1ms", "--slots", "4") as url:
+            words = ("--url", url, "--from", "50", "--input", "4", "--output", "1")
             words += (
                 "--slo",
                 f"ttft={(wait + queue.service) * 1e3:g}ms",
                 "--seed",
                 str(1000 * seed),
             )
-            words += ("--least", "3000", "--most", "8000", "--probe-time", "60s")
+            words += ("--least", "4000", "--most", "12000", "--probe-time", "60s")
             command = [sys.executable, "-m", "loadtest", "search", "--json", *words]
             done = subprocess.run(command, capture_output=True, check=False)
             found = json.loads(done.stdout)

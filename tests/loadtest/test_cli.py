@@ -146,10 +146,10 @@ def test_a_search_prints_each_probe_and_the_answer(url, tmp_path, capsys):
 
 
 def test_calibration_proves_the_stall(capsys):
-    words = ["--rate", "50", "--duration", "2s", "--stall", "0.5s", "--json"]
+    words = ["--rate", "100", "--duration", "1s", "--stall", "0.3s", "--json"]
     assert main(["calibrate", *words]) in (0, 3)
     found = json.loads(capsys.readouterr().out)
-    assert found["stall_expected"] == pytest.approx(0.35 / 2, abs=0.02)  # 0.5 s + TTFT - SLO
+    assert found["stall_expected"] == pytest.approx(0.15, abs=0.02)  # stall + 2 × TTFT - SLO
     assert found["stall_measured"] == pytest.approx(found["stall_expected"], abs=0.1)
     assert found["ttft_error"]["p50"] < 0.01
 

@@ -275,6 +275,47 @@ async def test_https_endpoints_work_and_their_certificates_are_checked(certifica
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\n\r\n", b"200"),
+        (b"GET /nowhere HTTP/1.1\r\n\r\n", b"404"),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 1\r\n\r\n{", b"400"),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b""),
+        (b"x" * 70_000, b""),
+    ],
+)
+async def test_the_built_in_server_refuses_what_it_does_not_understand(request_, status):
+    async with Server(QUICK) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request_)
+        try:
+            line = await asyncio.wait_for(reader.readline(), 5)
+        except ConnectionResetError:
+            line = b""
+        writer.close()
+    assert line.split()[1:2] == ([status] if status else [])
+
+
+@pytest.mark.asyncio
+async def test_the_built_in_server_serves_whom_still_waits():
+    """One slot: the second of three leaves its queue, so the third is served in its place."""
+    async with Server(Behaviour(ttft=0.2, itl=0, slots=1)) as server:
+        client = Client(Endpoint(f"http://127.0.0.1:{server.port}", "known"))
+        loop, begin = asyncio.get_running_loop(), time.monotonic()
+        payload = Endpoint("http://h", "m").post([{"role": "user", "content": "hi"}], 1)
+        futures = [loop.create_future() for _ in range(3)]
+        exchanges = [Exchange(payload, future.set_result) for future in futures]
+        for exchange in exchanges:
+            client.send(exchange)
+        loop.call_later(0.02, client.cancel, exchanges[1], "cancelled", "")
+        ended = await asyncio.wait_for(asyncio.gather(*futures), 5)
+        await client.close()
+    assert [exchange.error for exchange in ended] == [None, "cancelled", None]
+    assert ended[2].end - begin < 0.55
+
+
+@pytest.mark.asyncio
 async def test_deadlines_ring_in_order_and_in_time():
     loop = asyncio.get_running_loop()
     deadlines, rung, done = Deadlines(loop), [], asyncio.Event()

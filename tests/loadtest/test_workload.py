@@ -10,6 +10,7 @@ from loadtest.sizes import Sizes, parse
 from loadtest.slo import Slo, SloClass
 from loadtest.spec import Spec
 from loadtest.text import WORDS, Corpus
+from loadtest.traces import Scaling
 from loadtest.workload import Workload
 
 SPEC = Spec(
@@ -135,6 +136,34 @@ def test_lognormal_sizes_have_their_mean():
 def test_a_load_that_contradicts_itself_is_refused(changes):
     with pytest.raises(OptionError, match="--"):
         msgspec.structs.replace(SPEC, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "poisson 10/s"),
+        ({"arrivals": Arrivals("gamma", 2, cv=3)}, "gamma 2/s, CV 3"),
+        ({"arrivals": Arrivals("on-off", 2, on=3, off=4)}, "on-off 2/s, 3 s on, 4 s off"),
+        ({"turns": 3}, "poisson 10/s, sessions of 3 turns"),
+        ({"concurrency": 4, "think": 0.5}, "closed loop, 4 users, 0.5 s of thought"),
+        (
+            {"trace": "/x/t.csv", "scaling": Scaling(2, 0.5, 0.0625, 100, None, 3)},
+            "trace t.csv, time × 2, 0.5 of its requests, "
+            "lengths × 0.0625 (at most 100 in, ∞ out), ticks of 3 s spread",
+        ),
+    ],
+)
+def test_a_report_says_what_the_load_was(changes, words):
+    assert msgspec.structs.replace(SPEC, **changes).load() == words
+
+
+def test_a_trace_is_stretched_to_the_rate_that_a_search_asks_for():
+    spec = msgspec.structs.replace(SPEC, trace="azure-conv", requests=None)
+    natural = Workload(spec).realised.rate
+    faster = Workload(spec.at_rate(20.0, natural, seed=3)).realised
+    assert faster.rate == pytest.approx(20)
+    assert faster.count == 5985
+    assert Workload(SPEC.at_rate(20.0, 0.0, seed=3)).realised.rate == pytest.approx(20, rel=0.5)
 
 
 def test_text_of_any_length_is_words_alone():
