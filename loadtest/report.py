@@ -69,7 +69,7 @@ class Totals(msgspec.Struct):
     met: int
     asked_rate: float
     achieved_rate: float
-    goodput: float  # requests that met their SLO, per second
+    goodput: float  # of the asked rate, what met its SLO
     input_tokens: int
     output_tokens: int
     output_rate: float
@@ -248,14 +248,15 @@ def _totals(
     chunks = sum(outcome.chunks for outcome in counted)
     good = sum(o.tokens for o, held in zip(counted, met, strict=True) if held)
     all_tokens = sum(outcome.tokens for outcome in counted)
+    asked_rate = max(0, len(counted) - 1) / seconds
     return Totals(
         seconds=span,
         scheduled=len(counted),
         answered=len(answered),
         met=sum(met),
-        asked_rate=max(0, len(counted) - 1) / seconds,
+        asked_rate=asked_rate,
         achieved_rate=max(0, len(counted) - 1) / (_span([o.sent for o in counted]) or 1.0),
-        goodput=sum(met) / seconds,
+        goodput=asked_rate * sum(met) / max(1, len(counted)),
         input_tokens=prompts,
         output_tokens=tokens,
         output_rate=tokens / (_span([0.0, *(o.end for o in counted)]) or 1.0),
