@@ -178,9 +178,10 @@ class EngineLoop:
 
     async def _break(self, reason: str) -> None:
         known = self.engine.keys
-        waiting = (*self._held.items(), *self._granted.items())
-        # What the step granted or finished before it failed was never told to who waits for it.
-        untold = [key for key, future in waiting if key in known and not future.done()]
+        held = [key for key, future in self._held.items() if not future.done()]
+        granted = [key for key, future in self._granted.items() if not future.done()]
+        # What the step granted or held before it failed was never told to who waits for it.
+        untold = [key for key in (*held, *granted) if key in known]
         for key in dict.fromkeys([*self.engine.computing, *untold]):
             self._cancel(key)
             await self._on_broken(key, reason)

@@ -90,8 +90,8 @@ class WorkerService:
                 member = asyncio.create_task(self._stay_member(bound[1]))
                 leave = asyncio.create_task(self._leaving.wait())
                 tasks = {engine, member, leave}
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 try:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                     if leave in done:
                         await self._drain()
                     else:
@@ -230,7 +230,7 @@ class WorkerService:
             self._engine.check(job, prompt)
             job = msgspec.structs.replace(job, prompt=Prompt(ids=prompt))
             await self._tell(Accepted(job.id, job.epoch, prompt))
-            if handoff:
+            if handoff and not job.prefill_only:
                 await self._hand_over(job, prompt, handoff)
             else:
                 await self._loop.add(job, prompt)
@@ -256,10 +256,13 @@ class WorkerService:
     # ── reports ─────────────────────────────────────────────────────────────────────────────────
 
     async def _tell(self, message: Wire) -> None:
-        """Send to the router; if it is lost, there is nobody to tell."""
+        """Send to the router; if it is lost, there is nobody to tell.
+
+        Whoever is cancelled meanwhile leaves the frame whole: the connection is everybody's.
+        """
         if self._router:
             with suppress(ConnectionError):
-                await self._router.send(message)
+                await asyncio.shield(self._router.send(message))
 
     async def _fail(
         self,
