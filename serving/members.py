@@ -105,12 +105,12 @@ class Members:
         if reason := self._objection(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
-        if old := self._members.get(join.name):
-            self._remove(old)  # it came back before we noticed that it was gone
         member = Member(join, connection, since=time.time())
         writer = asyncio.create_task(self._write(member))
         try:
             await connection.send(Joined(HEARTBEAT_S))
+            if old := self._members.get(join.name):
+                self._remove(old)  # it came back before we noticed that it was gone
             self._members[join.name] = member
             logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
             async with self._changed:

@@ -1,0 +1,218 @@
+"""Workers fail in every way at every moment: the client gets the unbroken answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from scheduler.errors import BadRequest, Unavailable
+from scheduler.messages import Role
+from serving import gateway
+from workers.fake import FakeOptions, FakeRunner
+
+pytestmark = pytest.mark.asyncio
+
+SLOW = FakeOptions(tokens=30, step_ms=1.5)
+PROMPT = "once upon a time there was"
+
+
+class Broken(FakeRunner):
+    """It fails in the steps whose numbers it is given."""
+
+    def __init__(self, steps, blocks: int = 64) -> None:
+        super().__init__(blocks, SLOW)
+        self._steps, self._step = set(steps), 0
+
+    def run(self, *step):
+        self._step += 1
+        if self._step in self._steps:
+            raise ArithmeticError("not a number")
+        return super().run(*step)
+
+
+@pytest.fixture
+def unbroken(make_engine, make_job):
+    """The texts of n choices when nothing fails."""
+
+    def run(n: int = 1) -> dict[int, str]:
+        engine = make_engine(options=FakeOptions(tokens=30))
+        engine.add(make_job(PROMPT, choices=tuple(range(n))), list(PROMPT.encode()))
+        found: dict[int, str] = {}
+        while engine.has_work:
+            for output in engine.step().outputs:
+                found[output.choice] = found.get(output.choice, "") + output.text
+        return found
+
+    return run
+
+
+async def answer_while(it, ask, after: int, strike) -> dict[int, str]:
+    """The answer to `ask`; after so many deltas, `strike()`."""
+    found: dict[int, str] = {}
+    seen = 0
+    async with it.gateway.open(ask) as stream:
+        if after == 0:
+            await strike()
+        async for delta in stream:
+            found[delta.index] = found.get(delta.index, "") + delta.text
+            seen += 1
+            if seen == after:
+                await strike()
+    return found
+
+
+# ── a worker dies ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("after", [0, 1, 2, 9])
+@pytest.mark.parametrize("victim", ["p1", "d1"])
+async def test_a_worker_of_a_pair_dies(cluster, make_ask, unbroken, victim, after, n):
+    async with cluster("p1", "d1", options=SLOW) as it:
+
+        async def strike():
+            await it.join("m1", Role.MIXED, options=SLOW)
+            await it.kill(victim)
+
+        assert await answer_while(it, make_ask(n=n), after, strike) == unbroken(n)
+
+
+@pytest.mark.parametrize("after", [1, 9])
+async def test_the_only_worker_dies_and_another_comes_later(cluster, make_ask, unbroken, after):
+    async with cluster("m1", options=SLOW) as it:
+
+        async def strike():
+            await it.kill("m1")
+            it.start("m2", Role.MIXED, options=SLOW)
+
+        assert await answer_while(it, make_ask(), after, strike) == unbroken()
+        assert it.gateway.replayed == 1
+
+
+async def test_workers_die_one_after_another(cluster, make_ask, unbroken):
+    async with cluster("m1", "m2", "m3", "m4", options=SLOW) as it:
+        found, victims = "", iter(["m1", "m2", "m3"])
+        async with it.gateway.open(make_ask()) as stream:
+            async for delta in stream:
+                found += delta.text
+                if len(found) % 7 == 3 and (victim := next(victims, None)):
+                    await it.kill(victim)
+        assert {0: found} == unbroken()
+
+
+async def test_a_connection_breaks_and_the_worker_comes_back(cluster, make_ask, unbroken):
+    """Nobody else is there, and it is back before anybody notices more than the break."""
+    async with cluster("m", options=SLOW) as it:
+
+        async def strike():
+            it.cut("m")
+
+        assert await answer_while(it, make_ask(), 5, strike) == unbroken()
+        assert it.members.lost == 1
+
+
+async def test_a_worker_comes_back_before_its_loss_is_noticed(cluster, make_ask, unbroken, until):
+    """Two processes claim one name; the newer one has it, and takes over what the older had."""
+    async with cluster("m", options=SLOW) as it:
+        old = it.workers.pop("m")
+
+        async def strike():
+            it.start("m", Role.MIXED, options=SLOW)
+            before = it.members.get("m")
+            await until(lambda: it.members.get("m") not in (before, None))
+            old.task.cancel()
+            await asyncio.gather(old.task, return_exceptions=True)
+
+        assert await answer_while(it, make_ask(), 5, strike) == unbroken()
+
+
+async def test_nobody_comes(cluster, make_ask, monkeypatch):
+    monkeypatch.setattr(gateway, "REPLAY_WAIT_S", 0.05)
+    async with cluster("m", options=SLOW) as it:
+        with pytest.raises(Unavailable, match="every worker of this model was lost"):
+            await answer_while(it, make_ask(), 3, lambda: it.kill("m"))
+
+
+async def test_the_client_leaves_while_it_waits_for_a_worker(cluster, make_ask):
+    """Nothing of it is left: the fixture counts tasks."""
+    async with cluster("m", options=SLOW) as it, it.gateway.open(make_ask()) as stream:
+        await anext(aiter(stream))
+        await it.kill("m")
+
+
+# ── a worker errs ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("step", [1, 2, 6])
+async def test_a_failing_step_is_computed_elsewhere(cluster, make_ask, unbroken, step):
+    async with cluster() as it:
+        await it.join("a", Role.MIXED, runner=Broken([step]), options=SLOW)
+        await it.join("b", Role.MIXED, options=SLOW)
+        assert await it.text(make_ask(n=2)) == unbroken(2)
+        assert it.gateway.replayed
+        assert it.workers["b"].engine.tokens  # not on the one that failed, though it is first
+
+
+@pytest.mark.parametrize("name", ["p", "d"])
+async def test_a_failing_step_of_a_pair(cluster, make_ask, unbroken, name):
+    async with cluster("m", options=SLOW) as it:
+        for role in (Role.PREFILL, Role.DECODE):
+            broken = {"runner": Broken([1])} if name == str(role)[0] else {}
+            await it.join(str(role)[0], role, options=SLOW, **broken)
+        it.members.get("m").queued_tokens += 10**7  # the pair is the first choice
+        assert await it.text(make_ask()) == unbroken()
+        it.members.get("m").queued_tokens -= 10**7
+        assert it.gateway.replayed == 1
+
+
+async def test_a_worker_that_always_fails(cluster, make_ask):
+    async with cluster() as it:
+        await it.join("m", Role.MIXED, runner=Broken(range(100)), options=SLOW)
+        with pytest.raises(Unavailable, match=r"failed 5 times.*not a number"):
+            await it.text(make_ask())
+
+
+async def test_a_hand_over_that_fails_is_computed_on_the_decode_worker(cluster, make_ask, unbroken):
+    async with cluster("p", options=SLOW) as it:
+        await it.join("d", Role.DECODE, options=SLOW)
+        member = it.members.get("d")
+        nowhere = msgspec.structs.replace(member.join.address, port=1)
+        member.join = msgspec.structs.replace(member.join, address=nowhere)
+        assert await it.text(make_ask(n=2)) == unbroken(2)
+        assert it.workers["p"].engine.tokens == 0
+
+
+async def test_a_decode_pool_too_small_for_the_request(cluster, make_ask):
+    async with cluster("p", options=SLOW) as it:
+        await it.join("d", Role.DECODE, blocks=1, options=SLOW)
+        with pytest.raises(BadRequest, match="KV cache holds 16 tokens") as wrong:
+            await it.text(make_ask())
+        assert wrong.value.param == "prompt"
+
+
+# ── the router restarts ─────────────────────────────────────────────────────────────────────────
+
+
+async def test_workers_join_again_when_the_router_is_back(cluster, make_ask, until, unbroken):
+    async with cluster("p", "d", options=SLOW) as it:
+        it.cut("p")
+        it.cut("d")
+        await until(lambda: not it.members.of())
+        await it.joined("p")
+        await it.joined("d")
+        assert await it.text(make_ask()) == unbroken()
+
+
+async def test_a_worker_that_drains_finishes_what_it_has(cluster, make_ask, unbroken, until):
+    async with cluster("m", "m2", options=SLOW) as it:
+
+        async def strike():
+            it.workers["m"].service.leave()
+            await until(lambda: it.members.get("m").draining)
+
+        assert await answer_while(it, make_ask(), 3, strike) == unbroken()
+        await it.workers.pop("m").task
+        assert it.gateway.replayed == 0
+        assert it.members.get("m") is None
