@@ -19,8 +19,10 @@ class Act(Structure):
     _fields_: Fields = [
         ("q", ctypes.c_int8 * 32),
         ("d", c_float),
+        ("fine", c_float),
         ("sum", c_float),
         ("half", c_float * 2),
+        ("rest", ctypes.c_int8 * 32),
     ]
 
 
@@ -46,7 +48,12 @@ class EmbedOp(Structure):
 
 
 class AnglesOp(Structure):
-    _fields_: Fields = [("frequencies", c_void_p), ("out", c_void_p), ("head_dim", c_int32)]
+    _fields_: Fields = [
+        ("frequencies", c_void_p),
+        ("out", c_void_p),
+        ("head_dim", c_int32),
+        ("magnitude", c_float),
+    ]
 
 
 class NormOp(Structure):
@@ -79,13 +86,23 @@ class RopeOp(Structure):
     _fields_: Fields = [
         ("qkv", c_void_p),
         ("angles", c_void_p),
+        ("bias", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("eps", c_float),
         ("heads", Heads),
         ("cache", KvLayer),
     ]
 
 
 class AttentionOp(Structure):
-    _fields_: Fields = [("qkv", c_void_p), ("out", c_void_p), ("heads", Heads), ("cache", KvLayer)]
+    _fields_: Fields = [
+        ("qkv", c_void_p),
+        ("out", c_void_p),
+        ("heads", Heads),
+        ("cache", KvLayer),
+        ("window", c_int32),
+    ]
 
 
 class OpUnion(Union):

@@ -81,6 +81,21 @@ class Span(NamedTuple):
     blocks: Sequence[int]  # of the cache, 16 tokens each; at least (start + count) / 16 of them
 
 
+class HeadCounts(NamedTuple):
+    queries: int  # H
+    keys: int  # K
+    dim: int  # E
+
+
+class QkvExtras(NamedTuple):
+    """What some models do to queries, keys and values before rotating them."""
+
+    bias: Array | None = None  # [(H + 2K)·E]
+    query_norm: Array | None = None  # [E]
+    key_norm: Array | None = None  # [E]
+    eps: float = 0.0  # of the norms
+
+
 @dataclass(frozen=True, slots=True)
 class Floats:
     """A buffer [rows, width] of float32, or columns of one."""
@@ -157,10 +172,10 @@ class Program:
         """out [T, D] = rows of the table [V, D], by token."""
         self._add("embed", (table.struct, out.pointer), table, out)
 
-    def angles(self, frequencies: Array, out: Floats) -> None:
-        """out [T, E] = cosines and sines of position · frequencies [E / 2] (reference.rope)."""
+    def angles(self, frequencies: Array, out: Floats, magnitude: float = 1.0) -> None:
+        """out [T, E] = magnitude · cosines and sines of position · frequencies [E / 2]."""
         frequencies = np.ascontiguousarray(frequencies, np.float32)
-        fields = (frequencies.ctypes.data, out.pointer, out.width)
+        fields = (frequencies.ctypes.data, out.pointer, out.width, magnitude)
         self._add("angles", fields, frequencies, out)
 
     def norm(self, x: Floats, weight: Array, eps: float, out: Acts) -> None:
@@ -188,19 +203,28 @@ class Program:
         fields = (matrix.struct, x.pointer, out.pointer, stride, int(add))
         self._add("matmul", fields, matrix, x, out, wait=wait)
 
-    def rope(self, qkv: Floats, angles: Floats, heads: tuple[int, int, int], cache: Array) -> None:
-        """Rotate q and k of qkv [T, (H + 2K)·E] in place; store k and v in their slots.
+    def rope(
+        self, qkv: Floats, angles: Floats, heads: HeadCounts, cache: Array, extras: QkvExtras
+    ) -> None:
+        """Finish q, k and v of qkv [T, (H + 2K)·E] in place; store k and v in their slots.
 
-        heads (H, K, E); cache [2, blocks, 16, K, E], a layer's, float32 or float16.
+        cache [2, blocks, 16, K, E], a layer's, float32 or float16.
         """
-        fields = (qkv.pointer, angles.pointer, Heads(*heads), _kv_layer(cache))
-        self._add("rope", fields, qkv, angles, cache)
+        vectors = (extras.bias, extras.query_norm, extras.key_norm)
+        arrays = [None if v is None else np.ascontiguousarray(v, np.float32) for v in vectors]
+        pointers = [None if a is None else a.ctypes.data for a in arrays]
+        counts, layer = Heads(*heads), _kv_layer(cache)
+        fields = (qkv.pointer, angles.pointer, *pointers, extras.eps, counts, layer)
+        self._add("rope", fields, qkv, angles, cache, arrays)
 
     def attention(
-        self, qkv: Floats, heads: tuple[int, int, int], cache: Array, out: Floats
+        self, qkv: Floats, heads: HeadCounts, cache: Array, out: Floats, window: int = 0
     ) -> None:
-        """out [T, H·E] = causal attention of qkv's queries over their sequences' cache."""
-        fields = (qkv.pointer, out.pointer, Heads(*heads), _kv_layer(cache))
+        """out [T, H·E] = causal attention of qkv's queries over their sequences' cache.
+
+        Each token sees the newest `window` ones, itself included, or all where it is 0.
+        """
+        fields = (qkv.pointer, out.pointer, Heads(*heads), _kv_layer(cache), window)
         self._add("attention", fields, qkv, cache, out)
 
     def gather(self, x: Floats, out: Floats) -> None:

@@ -132,32 +132,28 @@ inline void products(const float* left, int left_stride, const float* right, int
                           out + r * out_stride, out_stride, rows - r, columns);
 }
 
-// Turns one row of scores into weights, of which the first `seen` count; shrinks what came before.
-inline void soften(const Workplace& w, int row, int seen) {
+// Turns one row of scores into weights, of which those in [low, high) count; shrinks what came
+// before. Others become 0.
+inline void soften(const Workplace& w, int row, int low, int high) {
   float* scores = w.scores + row * kKeys;
-  for (int i = seen < 0 ? 0 : seen; i < kKeys; ++i) scores[i] = -INFINITY;
-  if (seen <= 0) {
-    for (int i = 0; i < kKeys; ++i) scores[i] = 0;
-    return;
-  }
-  F highest = load(scores);
+  const auto blank = [&](float value) {
+    for (int i = 0; i < low; ++i) scores[i] = value;
+    for (int i = high; i < kKeys; ++i) scores[i] = value;
+  };
+  blank(-INFINITY);
+  F highest = load(scores), total = zero();
   for (int i = kLanes; i < kKeys; i += kLanes) highest = max(highest, load(scores + i));
   const float before = w.top[row], now = std::fmax(before, top(highest));
-  F total = zero();
-  for (int i = 0; i < kKeys; i += kLanes) {
-    F weight = exp(sub(load(scores + i), set(now)));
-    store(scores + i, weight);
-  }
-  for (int i = seen; i < kKeys; ++i) scores[i] = 0;  // our exp has a floor
+  for (int i = 0; i < kKeys; i += kLanes) store(scores + i, exp(sub(load(scores + i), set(now))));
+  blank(0);  // our exp never gives 0
   for (int i = 0; i < kKeys; i += kLanes) total = add(total, load(scores + i));
-  float shrunk = w.total[row];
   if (now != before) {
-    const float shrink = before == -INFINITY ? 0 : std::exp(before - now);
+    const float shrink = std::exp(before - now);
     float* out = w.out + int64_t(row) * w.width;
     for (int e = 0; e < w.width; e += kLanes) store(out + e, mul(load(out + e), set(shrink)));
-    shrunk *= shrink;
+    w.total[row] *= shrink;
   }
-  w.total[row] = shrunk + sum(total);
+  w.total[row] += sum(total);
   w.top[row] = now;
 }
 
@@ -195,7 +191,8 @@ inline void attention(const AttentionOp& op, const Step& step, int unit, float* 
   const Workplace w = lay_out(memory, kTileTokens * group, op.heads.dim);
   __builtin_memset(w.values, 0, sizeof(float) * w.width * kKeys);
   take_queries(op, tile, head, w);
-  for (int first = 0; first < end; first += kKeys) {
+  const int unseen = op.window && tile.start >= op.window ? tile.start + 1 - op.window : 0;
+  for (int first = unseen / kKeys * kKeys; first < end; first += kKeys) {
     const int count = end - first < kKeys ? end - first : kKeys;
     if (op.cache.type == kFloat16)
       stage(static_cast<const uint16_t*>(op.cache.keys), static_cast<const uint16_t*>(op.cache.values),
@@ -206,8 +203,9 @@ inline void attention(const AttentionOp& op, const Step& step, int unit, float* 
     const int whole = kVectors * kLanes, columns = (count + whole - 1) / whole * whole;
     products(w.queries, w.width, w.keys, kKeys, op.heads.dim, false, w.scores, kKeys, rows, columns);
     for (int r = 0; r < rows; ++r) {
-      const int seen = tile.start + r / group + 1 - first;
-      soften(w, r, seen < count ? seen : count);
+      const int newest = tile.start + r / group - first;  // the row's own position in this tile
+      const int low = op.window && newest >= op.window ? newest + 1 - op.window : 0;
+      soften(w, r, low < kKeys ? low : kKeys, newest < 0 ? 0 : newest < count ? newest + 1 : count);
     }
     products(w.scores, kKeys, w.values, w.width, count, true, w.out, w.width, rows, w.width);
   }

@@ -22,7 +22,6 @@ namespace {
 
 int units(const Op& op, const Step& step, int rows) {
   switch (op.kind) {
-    case kSilu: return rows * silu_parts(op.silu);
     case kMatmul: return matmul_units(op.matmul, rows);
     case kAttention: return step.tile_count * op.attention.heads.keys;
     default: return rows;
@@ -35,7 +34,7 @@ void run(const Op& op, const Step& step, int rows, int first, int last, float* m
       case kAngles: angles_row(op.angles, step, unit); break;
       case kNorm: norm_row(op.norm, unit); break;
       case kQuantise: quantise_row(op.quantise, unit); break;
-      case kSilu: silu_part(op.silu, unit); break;
+      case kSilu: silu_row(op.silu, unit); break;
       case kMatmul: matmul(op.matmul, rows, unit); break;
       case kRope: rope_row(op.rope, step, unit); break;
       case kAttention: attention(op.attention, step, unit, memory); break;

@@ -100,13 +100,24 @@ struct DecodeQ6_K {
 };
 
 template <class Decode>
-inline F accumulate(const Weights<Decode::kHalves>& w, const Act& a, F total) {
+inline F scaled_dot(const Weights<Decode::kHalves>& w, const int8_t* x, float scale, F total) {
   constexpr int halves = Decode::kHalves, quads = kQuads / halves;
 #pragma GCC unroll 2
   for (int h = 0; h < halves; ++h) {
-    const F products = to_float(dot<Decode::kBits, quads>(w.q + quads * h, a.q + 4 * quads * h));
-    total = fma(mul(products, w.scale[h]), set(a.d), total);
-    if (Decode::kMin) total = fma(w.min[h], set(halves == 1 ? a.sum : a.half[h]), total);
+    const F products = to_float(dot<Decode::kBits, quads>(w.q + quads * h, x + 4 * quads * h));
+    total = fma(mul(products, w.scale[h]), set(scale), total);
+  }
+  return total;
+}
+
+template <class Decode>
+inline F accumulate(const Weights<Decode::kHalves>& w, const Act& a, F total) {
+  total = scaled_dot<Decode>(w, a.q, a.d, total);
+  if (__builtin_expect(a.fine != 0, 0)) total = scaled_dot<Decode>(w, a.rest, a.fine, total);
+  if constexpr (Decode::kMin && Decode::kHalves == 1) total = fma(w.min[0], set(a.sum), total);
+  if constexpr (Decode::kMin && Decode::kHalves == 2) {
+    total = fma(w.min[0], set(a.half[0]), total);
+    total = fma(w.min[1], set(a.half[1]), total);
   }
   return total;
 }

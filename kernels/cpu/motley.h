@@ -16,12 +16,15 @@ enum Format : int32_t { kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 
 
 enum KvType : int32_t { kFloat32 = 0, kFloat16 = 1 };
 
-// 32 columns of one activation row: x ≈ d · q, d = max|x| / 127, rounded to nearest even.
+// 32 columns of one activation row: x ≈ d · q + fine · rest, rounded to nearest even, d = max|x| / 127.
+// A group that holds an outlier, max|x| > 4 · rms of the row, is coarse for its other columns; it
+// alone has fine = d / 254, and 0 elsewhere means that `rest` is not there.
 struct Act {
   int8_t q[kGroup];
-  float d;
-  float sum;      // d · Σ q: what a weight's constant part is multiplied by
+  float d, fine;
+  float sum;      // Σ x as quantised: what a weight's constant part is multiplied by
   float half[2];  // the same over columns 0..15 and 16..31
+  int8_t rest[kGroup];
 };
 
 // A matrix [outputs, inputs] as `motley_pack` lays it out.
@@ -42,20 +45,28 @@ struct Heads {
 
 // out [T, width] = the matrix's rows named by the step's tokens.
 struct EmbedOp { Matrix table; float* out; };
-// out [T, E] = cosines, then sines, of position · frequencies [E / 2].
-struct AnglesOp { const float* frequencies; float* out; int32_t head_dim; };
+// out [T, E] = magnitude · cosines, then sines, of position · frequencies [E / 2].
+struct AnglesOp { const float* frequencies; float* out; int32_t head_dim; float magnitude; };
 // out [T, width] = quantised x / sqrt(mean(x²) + eps) · weight.
 struct NormOp { const float *in, *weight; Act* out; int32_t width; float eps; };
 // out [T, width] = quantised in.
 struct QuantiseOp { const float* in; Act* out; int32_t width; };
-// in [T, 2 · width] = gate, up; out [T, width] = quantised silu(gate) · up.
-struct SiluOp { const float* in; Act* out; int32_t width; };
+// gate_up [T, 2 · width]; out [T, width] = quantised silu(gate) · up, which takes gate's place.
+struct SiluOp { float* gate_up; Act* out; int32_t width; };
 // out[t, 0..outputs) = in · matrixᵀ, or += where `add`; rows of out are `stride` apart.
 struct MatmulOp { Matrix matrix; const Act* in; float* out; int32_t stride, add; };
-// qkv [T, (H + 2K)·E]: rotate queries and keys in place, then store keys and values in the cache.
-struct RopeOp { float* qkv; const float* angles; Heads heads; KvLayer cache; };
-// out [T, H·E] = causal attention of the queries in qkv over their sequences' cache.
-struct AttentionOp { const float* qkv; float* out; Heads heads; KvLayer cache; };
+// qkv [T, (H + 2K)·E]: add a bias, normalise each query and key head, rotate them, all in place,
+// then store keys and values in the cache. A model without bias or norms has null there.
+struct RopeOp {
+  float* qkv;
+  const float *angles, *bias, *query_norm, *key_norm;
+  float eps;
+  Heads heads;
+  KvLayer cache;
+};
+// out [T, H·E] = causal attention of the queries in qkv over their sequences' cache, of which each
+// sees the newest `window` tokens; 0 for all.
+struct AttentionOp { const float* qkv; float* out; Heads heads; KvLayer cache; int32_t window; };
 // out [n, width] = the drawn rows of in; the operations that follow work on n rows.
 struct GatherOp { const float* in; float* out; int32_t width; };
 

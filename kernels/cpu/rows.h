@@ -17,73 +17,78 @@ inline F exp(F x) {
   return mul(p, power(n));
 }
 
-// One group of 32 values, held in registers, as int8.
-inline void quantise(const F* x, Act* out) {
-  constexpr int vectors = kGroup / kLanes;
-  F largest = zero();
-  for (int i = 0; i < vectors; ++i) largest = max(largest, abs(x[i]));
-  const float d = top(largest) / 127;
+constexpr int kGroupVectors = kGroup / kLanes;
+constexpr float kOutlier = 4;  // times the row's root mean square: see Act
+
+// x = steps of size d, as int8; adds d · Σ steps of each half to `half`. x becomes what is left.
+inline void take_steps(F* x, float d, int8_t* steps, float* half) {
   const F inverse = set(d > 0 ? 1 / d : 0);
-  int half[2] = {0, 0};
-  for (int i = 0; i < vectors; ++i) {
+  int count[2] = {0, 0};
+  for (int i = 0; i < kGroupVectors; ++i) {
     const I q = to_int(mul(x[i], inverse));
-    store(out->q + kLanes * i, q);
-    half[2 * i / vectors] += sum(q);
+    store(steps + kLanes * i, q);
+    count[2 * i / kGroupVectors] += sum(q);
+    x[i] = fma(to_float(q), set(-d), x[i]);
   }
-  out->d = d;
-  out->half[0] = d * float(half[0]);
-  out->half[1] = d * float(half[1]);
-  out->sum = d * float(half[0] + half[1]);
+  for (int h = 0; h < 2; ++h) half[h] += d * float(count[h]);
+}
+
+// One group of 32 values, held in registers; `limit` is what makes a value an outlier.
+inline void quantise(F* x, float limit, Act* out) {
+  F largest = zero();
+  for (int i = 0; i < kGroupVectors; ++i) largest = max(largest, abs(x[i]));
+  const float highest = top(largest);
+  out->d = highest / 127;
+  out->fine = highest > limit ? out->d / 254 : 0;
+  out->half[0] = out->half[1] = 0;
+  take_steps(x, out->d, out->q, out->half);
+  if (out->fine != 0) take_steps(x, out->fine, out->rest, out->half);
+  out->sum = out->half[0] + out->half[1];
+}
+
+// Root mean square of in · weight [width].
+inline float row_rms(const float* in, const float* weight, int width) {
+  F squares = zero();
+  for (int i = 0; i < width; i += kLanes) {
+    const F x = weight ? mul(load(in + i), load(weight + i)) : load(in + i);
+    squares = fma(x, x, squares);
+  }
+  return std::sqrt(sum(squares) / float(width));
+}
+
+// out = quantised in · scale · weight; no weight is a weight of 1.
+inline void quantise_scaled(const float* in, float scale, const float* weight, int width, Act* out) {
+  const float limit = kOutlier * scale * row_rms(in, weight, width);
+  for (int column = 0; column < width; column += kGroup) {
+    F x[kGroupVectors];
+    for (int i = 0; i < kGroupVectors; ++i) {
+      const int at = column + kLanes * i;
+      x[i] = mul(load(in + at), set(scale));
+      if (weight) x[i] = mul(x[i], load(weight + at));
+    }
+    quantise(x, limit, out + column / kGroup);
+  }
 }
 
 inline void quantise_row(const QuantiseOp& op, int row) {
-  const float* in = op.in + int64_t(row) * op.width;
-  Act* out = op.out + int64_t(row) * (op.width / kGroup);
-  for (int g = 0; g < op.width / kGroup; ++g) {
-    F x[kGroup / kLanes];
-    for (int i = 0; i < kGroup / kLanes; ++i) x[i] = load(in + kGroup * g + kLanes * i);
-    quantise(x, out + g);
-  }
+  const int64_t at = int64_t(row) * op.width;
+  quantise_scaled(op.in + at, 1, nullptr, op.width, op.out + at / kGroup);
 }
 
 inline void norm_row(const NormOp& op, int row) {
-  const float* in = op.in + int64_t(row) * op.width;
-  Act* out = op.out + int64_t(row) * (op.width / kGroup);
-  F squares = zero();
-  for (int i = 0; i < op.width; i += kLanes) {
-    const F x = load(in + i);
-    squares = fma(x, x, squares);
-  }
-  const F scale = set(1 / std::sqrt(sum(squares) / float(op.width) + op.eps));
-  for (int g = 0; g < op.width / kGroup; ++g) {
-    F x[kGroup / kLanes];
-    for (int i = 0; i < kGroup / kLanes; ++i) {
-      const int at = kGroup * g + kLanes * i;
-      x[i] = mul(mul(load(in + at), scale), load(op.weight + at));
-    }
-    quantise(x, out + g);
-  }
+  const int64_t at = int64_t(row) * op.width;
+  const float rms = row_rms(op.in + at, nullptr, op.width);
+  const float scale = 1 / std::sqrt(rms * rms + op.eps);
+  quantise_scaled(op.in + at, scale, op.weight, op.width, op.out + at / kGroup);
 }
 
-// Units of silu are 512 columns of a row: its exponentials are worth sharing even for one row.
-constexpr int kSiluColumns = 512;
-
-inline int silu_parts(const SiluOp& op) { return (op.width + kSiluColumns - 1) / kSiluColumns; }
-
-inline void silu_part(const SiluOp& op, int unit) {
-  const int row = unit / silu_parts(op), first = unit % silu_parts(op) * kSiluColumns;
-  const int last = first + kSiluColumns < op.width ? first + kSiluColumns : op.width;
-  const float *gate = op.in + int64_t(row) * 2 * op.width, *up = gate + op.width;
-  Act* out = op.out + int64_t(row) * (op.width / kGroup);
-  for (int column = first; column < last; column += kGroup) {
-    F x[kGroup / kLanes];
-    for (int i = 0; i < kGroup / kLanes; ++i) {
-      const int at = column + kLanes * i;
-      const F g = load(gate + at);
-      x[i] = mul(div(g, add(set(1), exp(sub(zero(), g)))), load(up + at));
-    }
-    quantise(x, out + column / kGroup);
+inline void silu_row(const SiluOp& op, int row) {
+  float *gate = op.gate_up + int64_t(row) * 2 * op.width, *up = gate + op.width;
+  for (int i = 0; i < op.width; i += kLanes) {
+    const F g = load(gate + i);
+    store(gate + i, mul(div(g, add(set(1), exp(sub(zero(), g)))), load(up + i)));
   }
+  quantise_scaled(gate, 1, nullptr, op.width, op.out + int64_t(row) * (op.width / kGroup));
 }
 
 inline void angles_row(const AnglesOp& op, const Step& step, int row) {
@@ -91,8 +96,8 @@ inline void angles_row(const AnglesOp& op, const Step& step, int row) {
   float* out = op.out + int64_t(row) * op.head_dim;
   for (int i = 0; i < half; ++i) {
     const float angle = float(step.positions[row]) * op.frequencies[i];
-    out[i] = std::cos(angle);
-    out[half + i] = std::sin(angle);
+    out[i] = op.magnitude * std::cos(angle);
+    out[half + i] = op.magnitude * std::sin(angle);
   }
 }
 
@@ -125,11 +130,26 @@ inline void store_cache(int type, void* cache, int64_t at, const float* values, 
     __builtin_memcpy(static_cast<float*>(cache) + at, values, sizeof(float) * count);
 }
 
+// reference.rms_norm of one head; its dim need not be whole vectors.
+inline void norm_head(float* x, const float* weight, int dim, float eps) {
+  float squares = 0;
+  for (int i = 0; i < dim; ++i) squares += x[i] * x[i];
+  const float scale = 1 / std::sqrt(squares / float(dim) + eps);
+  for (int i = 0; i < dim; ++i) x[i] = x[i] * scale * weight[i];
+}
+
 inline void rope_row(const RopeOp& op, const Step& step, int row) {
   const auto [queries, keys, dim] = op.heads;
-  float* x = op.qkv + int64_t(row) * (queries + 2 * keys) * dim;
+  const int width = (queries + 2 * keys) * dim;
+  float* x = op.qkv + int64_t(row) * width;
+  if (op.bias)
+    for (int i = 0; i < width; ++i) x[i] += op.bias[i];
   const float* angles = op.angles + int64_t(row) * dim;
-  for (int head = 0; head < queries + keys; ++head) rotate(x + head * dim, angles, dim / 2);
+  for (int head = 0; head < queries + keys; ++head) {
+    const float* norm = head < queries ? op.query_norm : op.key_norm;
+    if (norm) norm_head(x + head * dim, norm, dim, op.eps);
+    rotate(x + head * dim, angles, dim / 2);
+  }
   const int64_t at = step.slots[row] * keys * dim;
   store_cache(op.cache.type, op.cache.keys, at, x + queries * dim, keys * dim);
   store_cache(op.cache.type, op.cache.values, at, x + (queries + keys) * dim, keys * dim);
