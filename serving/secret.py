@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from scheduler.errors import SetupError
@@ -22,7 +23,8 @@ def cluster_secret(*, create: bool) -> str:
     try:
         if create:
             _create(path)
-        return path.read_text().strip()
+        if secret := path.read_text().strip():
+            return secret
     except FileNotFoundError:
         raise SetupError(
             f"no cluster secret: run `motley secret` on the router's machine, and start this "
@@ -30,6 +32,7 @@ def cluster_secret(*, create: bool) -> str:
         ) from None
     except OSError as error:
         raise SetupError(f"cannot use {path}: {error}; or set {VARIABLE}") from error
+    raise SetupError(f"{path} is empty: remove it, or set {VARIABLE}")
 
 
 def _path() -> Path:
@@ -42,8 +45,7 @@ def _create(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"secret.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor, draft = tempfile.mkstemp(prefix="secret.", dir=path.parent)  # mode 600
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
@@ -52,4 +54,4 @@ def _create(path: Path) -> None:
     except FileExistsError:
         pass  # another process was first: its secret it is
     finally:
-        draft.unlink()
+        os.unlink(draft)
