@@ -12,6 +12,9 @@ constexpr int kKeys = 64;
 constexpr int kVectors = 4;                             // of keys or of a value, in one inner loop
 constexpr int kQueryRows = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;  // what registers hold beside
 
+inline int least(int a, int b) { return a < b ? a : b; }
+inline int most(int a, int b) { return a > b ? a : b; }
+
 // What a thread works in. W is head_dim rounded up to whole inner loops; what is beyond stays 0.
 struct Workplace {
   float *keys;     // [W][64]: transposed, so that a lane is a key
@@ -67,20 +70,31 @@ inline void transpose(F* x) {
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return from_half(x); }
 
+// Where token `position` of one kv head begins in a layer's keys or values.
+inline int64_t place(const Heads& heads, const int32_t* table, int head, int position) {
+  const int64_t slot = int64_t(table[position / kBlockTokens]) * kBlockTokens + position % kBlockTokens;
+  return (slot * heads.keys + head) * heads.dim;
+}
+
+// Ask for tokens [first, last) of one kv head: they lie too far apart for the processor to guess.
+template <class T>
+inline void fetch(const T* cache, const Heads& heads, const int32_t* table, int head, int first,
+                  int last) {
+  for (int i = first; i < last; ++i) {
+    const T* row = cache + place(heads, table, head, i);
+    for (int e = 0; e < heads.dim; e += 64 / int(sizeof(T))) __builtin_prefetch(row + e);
+  }
+}
+
 // Bring `count` tokens from `first` on of one kv head; what lies beyond `count` becomes 0.
 template <class T>
 inline void stage(const T* keys, const T* values, const Heads& heads, const int32_t* table, int head,
            int first, int count, const Workplace& w) {
-  const int64_t token = int64_t(heads.keys) * heads.dim;
-  const auto at = [&](int i) {
-    return (int64_t(table[i / kBlockTokens]) * kBlockTokens + i % kBlockTokens) * token +
-           head * heads.dim;
-  };
   const int even = heads.dim / kLanes * kLanes;
   for (int i = 0; i < count; i += kLanes) {
     const T* row[kLanes];
-    const int present = count - i < kLanes ? count - i : kLanes;
-    for (int r = 0; r < present; ++r) row[r] = keys + at(first + i + r);
+    const int present = least(count - i, kLanes);
+    for (int r = 0; r < present; ++r) row[r] = keys + place(heads, table, head, first + i + r);
     for (int e = 0; e < even; e += kLanes) {
       F x[kLanes];
       for (int r = 0; r < kLanes; ++r) x[r] = r < present ? load(row[r] + e) : zero();
@@ -91,7 +105,7 @@ inline void stage(const T* keys, const T* values, const Heads& heads, const int3
       for (int r = 0; r < kLanes; ++r) w.keys[e * kKeys + i + r] = r < present ? widen(row[r][e]) : 0;
   }
   for (int i = 0; i < count; ++i) {
-    const T* row = values + at(first + i);
+    const T* row = values + place(heads, table, head, first + i);
     for (int e = 0; e < even; e += kLanes) store(w.values + i * w.width + e, load(row + e));
     for (int e = even; e < heads.dim; ++e) w.values[i * w.width + e] = widen(row[e]);
   }
@@ -183,33 +197,40 @@ inline void give_out(const AttentionOp& op, const Tile& tile, int head, const Wo
     }
 }
 
-inline void attention(const AttentionOp& op, const Step& step, int unit, float* memory) {
-  // The last tiles see the most: they go first, so that the threads end together.
-  const Tile& tile = step.tiles[step.tile_count - 1 - unit / op.heads.keys];
-  const int head = unit % op.heads.keys, group = op.heads.queries / op.heads.keys;
-  const int rows = tile.count * group, end = tile.start + tile.count;
+template <class T>
+inline void attend(const AttentionOp& op, const Tile& tile, int head, float* memory) {
+  const auto *keys = static_cast<const T*>(op.cache.keys), *values = static_cast<const T*>(op.cache.values);
+  const int group = op.heads.queries / op.heads.keys, rows = tile.count * group;
+  const int end = tile.start + tile.count;
   const Workplace w = lay_out(memory, kTileTokens * group, op.heads.dim);
   __builtin_memset(w.values, 0, sizeof(float) * w.width * kKeys);
   take_queries(op, tile, head, w);
   const int unseen = op.window && tile.start >= op.window ? tile.start + 1 - op.window : 0;
   for (int first = unseen / kKeys * kKeys; first < end; first += kKeys) {
-    const int count = end - first < kKeys ? end - first : kKeys;
-    if (op.cache.type == kFloat16)
-      stage(static_cast<const uint16_t*>(op.cache.keys), static_cast<const uint16_t*>(op.cache.values),
-            op.heads, tile.table, head, first, count, w);
-    else
-      stage(static_cast<const float*>(op.cache.keys), static_cast<const float*>(op.cache.values),
-            op.heads, tile.table, head, first, count, w);
+    const int count = least(end - first, kKeys), next = first + kKeys;
+    fetch(keys, op.heads, tile.table, head, next, least(end, next + kKeys));
+    fetch(values, op.heads, tile.table, head, next, least(end, next + kKeys));
+    stage(keys, values, op.heads, tile.table, head, first, count, w);
     const int whole = kVectors * kLanes, columns = (count + whole - 1) / whole * whole;
     products(w.queries, w.width, w.keys, kKeys, op.heads.dim, false, w.scores, kKeys, rows, columns);
     for (int r = 0; r < rows; ++r) {
       const int newest = tile.start + r / group - first;  // the row's own position in this tile
-      const int low = op.window && newest >= op.window ? newest + 1 - op.window : 0;
-      soften(w, r, low < kKeys ? low : kKeys, newest < 0 ? 0 : newest < count ? newest + 1 : count);
+      const int low = op.window ? least(most(newest + 1 - op.window, 0), kKeys) : 0;
+      soften(w, r, low, least(most(newest + 1, 0), count));
     }
     products(w.scores, kKeys, w.values, w.width, count, true, w.out, w.width, rows, w.width);
   }
   give_out(op, tile, head, w);
+}
+
+inline void attention(const AttentionOp& op, const Step& step, int unit, float* memory) {
+  // The last tiles see the most: they go first, so that the threads end together.
+  const Tile& tile = step.tiles[step.tile_count - 1 - unit / op.heads.keys];
+  const int head = unit % op.heads.keys;
+  if (op.cache.type == kFloat16)
+    attend<uint16_t>(op, tile, head, memory);
+  else
+    attend<float>(op, tile, head, memory);
 }
 
 }  // namespace motley::ISA
