@@ -98,6 +98,11 @@ class Members:
         async with self._changed:
             await self._changed.wait()
 
+    async def joined(self, name: str) -> None:
+        """Wait until this worker is here."""
+        while name not in self._members:
+            await self.changed()
+
     async def serve(self, connection: Connection) -> None:
         """One worker's membership: for `transport.listen`."""
         async with asyncio.timeout(10):

@@ -85,7 +85,7 @@ async def run_router(
         app = build_app(gateway, metrics, HttpLimits())
         http = await stack.enter_async_context(serve(app, config.http.host, config.http.port))
         specs = config.workers.specs(Address(*bound))
-        deployment = LocalDeployment(specs, config.secret, lambda name: bool(members.get(name)))
+        deployment = LocalDeployment(specs, config.secret, members.joined)
 
         async def announce() -> None:
             while not all(members.get(spec.name) for spec in specs):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from scheduler.errors import SetupError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ class WorkerSpec:
 @dataclass(slots=True)
 class _Child:
     spec: WorkerSpec
-    process: asyncio.subprocess.Process | None = None
     joined: bool = False
     pause: float = field(default=RESTART_FIRST_S)
 
@@ -47,15 +46,15 @@ class _Child:
 class LocalDeployment:
     """Keeps the given workers running on this machine.
 
-    `has_joined` says whether the router knows a worker by this name now.
+    `joined` waits until the router knows a worker by this name.
     """
 
     def __init__(
-        self, specs: Sequence[WorkerSpec], secret: str, has_joined: Callable[[str], bool]
+        self, specs: Sequence[WorkerSpec], secret: str, joined: Callable[[str], Awaitable[None]]
     ) -> None:
         self._children = [_Child(spec) for spec in specs]
         self._environment = {**os.environ, "MOTLEY_SECRET": secret}
-        self._has_joined = has_joined
+        self._joined = joined
 
     async def run(self) -> None:
         """Until cancelled; then every child is gone. Raises SetupError if one cannot start."""
@@ -94,6 +93,7 @@ class LocalDeployment:
         """One life of a worker, from start to exit code."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # what lies in the working directory must not stand in for our packages
             "-m",
             "motley",
             "worker",
@@ -102,15 +102,16 @@ class LocalDeployment:
             env=self._environment,
             start_new_session=True,
         )
+        watching = asyncio.create_task(self._watch(child))
         try:
-            while True:
-                try:
-                    async with asyncio.timeout(0.2):
-                        return await process.wait()
-                except TimeoutError:
-                    child.joined = child.joined or self._has_joined(child.spec.name)
+            return await process.wait()
         finally:
+            watching.cancel()
             await _stop(process)
+
+    async def _watch(self, child: _Child) -> None:
+        await self._joined(child.spec.name)
+        child.joined = True
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
