@@ -1,0 +1,232 @@
+"""Membership, from the router's side: workers here are played by the test, word by word."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from scheduler.errors import ProtocolError, Unavailable
+from scheduler.messages import (
+    Address,
+    Cancel,
+    Committed,
+    HandedOver,
+    Join,
+    Joined,
+    Leaving,
+    Load,
+    Peer,
+    Rates,
+    Role,
+)
+from scheduler.routing import Route
+from scheduler.transport import dial, listen
+from serving import members as members_module
+from serving.cluster_metrics import ClusterCollector
+from serving.gateway import Gateway
+from serving.members import HEARTBEAT_S, Members
+
+pytestmark = pytest.mark.asyncio
+
+SECRET = b"of this test"
+LOAD = Load(1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+
+
+def introduction(name: str = "a", **changes) -> Join:
+    join = Join(
+        name=name,
+        model="m",
+        role=Role.MIXED,
+        address=Address("127.0.0.1", 5),
+        fingerprint="f",
+        context_length=100,
+        kv_blocks=8,
+        rates=Rates(1000.0, 0.01),
+        pid=1,
+    )
+    return msgspec.structs.replace(join, **changes)
+
+
+class Router:
+    def __init__(self) -> None:
+        self.members = Members()
+        self.heard: list = []
+        self.lost: list[str] = []
+        self.members.on_message = lambda worker, message: self.heard.append((worker, message))
+        self.members.on_lost = self.lost.append
+        self.address = ("", 0)
+        self.connections: list = []
+
+    async def join(self, name: str = "a", **changes):
+        connection = await dial(*self.address, SECRET)
+        self.connections.append(connection)
+        await connection.send(introduction(name, **changes))
+        assert await connection.expect(Joined) == Joined(HEARTBEAT_S)
+        await self.members.joined(name)
+        return connection
+
+
+@pytest.fixture
+def routing():
+    @asynccontextmanager
+    async def start():
+        router = Router()
+        async with listen("127.0.0.1", 0, SECRET, router.members.serve) as router.address:
+            try:
+                yield router
+            finally:
+                for connection in router.connections:
+                    connection.close()
+
+    return start
+
+
+async def test_a_worker_joins_speaks_and_leaves(routing, until):
+    async with routing() as router:
+        worker = await router.join()
+        assert [m.join for m in router.members.of("m")] == [introduction()]
+        assert router.members.of("other") == []
+        await worker.send(LOAD)
+        await worker.send(HandedOver("job", 1))
+        await worker.send(Leaving())
+        member = router.members.get("a")
+        await until(lambda: member.draining)
+        assert (member.load, router.heard) == (LOAD, [("a", HandedOver("job", 1))])
+        assert member.view.draining
+        worker.close()
+        await until(lambda: router.members.of() == [])
+        assert (router.lost, router.members.lost) == (["a"], 1)
+
+
+async def test_posts_arrive_in_order_and_to_a_stranger_not_at_all(routing):
+    async with routing() as router:
+        worker = await router.join()
+        for epoch in range(5):
+            router.members.post("a", Cancel("job", epoch))
+            router.members.post("nobody", Cancel("job", epoch))
+        for epoch in range(5):
+            assert await worker.expect(Cancel) == Cancel("job", epoch)
+
+
+async def test_a_name_belongs_to_who_came_last(routing, until):
+    async with routing() as router:
+        old = await router.join(pid=1)
+        new = await router.join(pid=2)
+        with pytest.raises(ConnectionError):
+            await old.receive()
+        assert router.members.get("a").join.pid == 2
+        assert router.lost == ["a"]
+        router.members.post("a", Cancel("job", 1))
+        assert await new.expect(Cancel) == Cancel("job", 1)
+
+
+async def test_another_fingerprint_is_refused_unless_it_is_the_same_worker(routing, until):
+    async with routing() as router:
+        await router.join()
+        stranger = await dial(*router.address, SECRET)
+        await stranger.send(introduction("b", fingerprint="g"))
+        with pytest.raises(ProtocolError, match="differs from a's"):
+            await stranger.expect(Joined)
+        stranger.close()
+        await router.join("a", fingerprint="g")
+        await router.join("c", model="other", fingerprint="h")
+        assert len(router.members.of()) == 2
+
+
+async def test_whoever_does_not_introduce_itself_is_left(routing):
+    async with routing() as router:
+        stranger = await dial(*router.address, SECRET)
+        await stranger.send(LOAD)
+        with pytest.raises(ConnectionError):
+            await stranger.receive()
+        stranger.close()
+        assert router.members.of() == []
+
+
+async def test_silence_is_a_loss(routing, until, monkeypatch):
+    monkeypatch.setattr(members_module, "SILENCE_S", 0.05)
+    async with routing() as router:
+        worker = await router.join()
+        with pytest.raises(ConnectionError):
+            await worker.receive()
+        assert router.lost == ["a"]
+
+
+async def test_a_broken_word_is_a_loss(routing, until):
+    async with routing() as router:
+        worker = await router.join()
+        await worker.send(LOAD, [b"payload that nobody takes"])
+        await worker.send(Load("many", 2, 3, 4, 5, 6, 7, 8, 9, 10))  # type: ignore[arg-type]
+        with pytest.raises(ConnectionError):
+            await worker.receive()
+        assert router.lost == ["a"]
+
+
+# ── routes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_route_names_an_address(routing):
+    async with routing() as router:
+        await router.join("p", role=Role.PREFILL)
+        await router.join("d", role=Role.DECODE, address=Address("10.0.0.7", 9))
+        route = router.members.route("m", 100, 10, frozenset(), True)
+        assert route == Route("p", Peer("d", Address("10.0.0.7", 9)))
+        assert router.members.route("m", 100, 10, frozenset(), False) == Route("d")
+        with pytest.raises(Unavailable):
+            router.members.route("other", 100, 10, frozenset(), True)
+
+
+@pytest.mark.parametrize(
+    ("receiver", "sender", "reached"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "10.0.0.9", "10.0.0.1"),
+        ("localhost", "10.0.0.9", "10.0.0.1"),
+        ("10.0.0.7", "10.0.0.9", "10.0.0.7"),
+        ("decode.example", "127.0.0.1", "decode.example"),
+    ],
+    ids=["both here", "one here", "by name", "both elsewhere", "a name elsewhere"],
+)
+async def test_a_worker_beside_the_router_is_reached_at_the_routers_address(
+    routing, receiver, sender, reached
+):
+    async with routing() as router:
+        await router.join("p", role=Role.PREFILL)
+        await router.join("d", role=Role.DECODE, address=Address(receiver, 9))
+        connection = router.members.get("p").connection
+        connection.remote, connection.local = (sender, 1), ("10.0.0.1", 2)
+        route = router.members.route("m", 100, 10, frozenset(), True)
+        assert route.handoff == Peer("d", Address(reached, 9))
+
+
+# ── what Prometheus is told ─────────────────────────────────────────────────────────────────────
+
+
+async def test_metrics_are_what_the_workers_said_last(routing, until):
+    async with routing() as router:
+        worker = await router.join()
+        await router.join("silent", role=Role.PREFILL)
+        await worker.send(LOAD)
+        await until(lambda: router.members.get("a").load)
+        collector = ClusterCollector(router.members, Gateway(router.members))
+        samples = {
+            (s.name, s.labels.get("worker")): s.value
+            for family in collector.collect()
+            for s in family.samples
+        }
+        assert samples["motley_worker_running", "a"] == 1
+        assert samples["motley_worker_kv_bytes_received_total", "a"] == 10
+        assert samples["motley_worker_kv_blocks", "silent"] == 8
+        assert ("motley_worker_running", "silent") not in samples
+        assert samples["motley_workers", None] == 2
+
+
+async def test_a_word_out_of_turn_is_only_a_warning(routing, until, caplog):
+    async with routing() as router:
+        Gateway(router.members)
+        worker = await router.join()
+        await worker.send(Committed("job", 1))
+        await until(lambda: "said Committed out of turn" in caplog.text)
+        assert router.members.get("a")
