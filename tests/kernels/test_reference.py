@@ -112,3 +112,51 @@ def test_decode_attention_sees_its_own_length_whatever_the_padding(heads, kv_hea
     for row, length in enumerate(lengths):
         expected = attend_one(q[row], keys[row, :length], values[row, :length])
         torch.testing.assert_close(got[row], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 17, 40, 60])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 37), (5, 30), (16, 16), (40, 5)])
+def test_prefill_attention_with_a_window_sees_only_its_last_tokens(window, start, tokens):
+    end = start + tokens
+    keys, values = torch.randn(2, end, 2, E)
+    q = torch.randn(tokens, 4, E)
+    table = torch.tensor([5, 0, 3][: -(-end // 16)])
+    paged_kv = paged(keys, table, 7), paged(values, table, 7)
+    got = ops.prefill_attention(q, *paged_kv, table, start, window)
+    for t in range(tokens):
+        seen = slice(max(0, start + t + 1 - window), start + t + 1)
+        torch.testing.assert_close(got[t], attend_one(q[t], keys[seen], values[seen]), **CLOSE)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 17, 33, 60])
+def test_decode_attention_with_a_window_sees_only_its_last_tokens(window):
+    lengths, tables = [1, 16, 33, 40], torch.tensor([[9, 9, 9], [4, 0, 0], [2, 7, 1], [8, 3, 5]])
+    q, (keys, values) = torch.randn(4, 4, E), torch.randn(2, 4, 48, 2, E)
+    cache = [torch.full((10, 16, 2, E), 1e3) for _ in range(2)]
+    for row, length in enumerate(lengths):
+        for part, tokens in zip(cache, (keys, values), strict=True):
+            for i in range(length):
+                part[tables[row, i // 16], i % 16] = tokens[row, i]
+    got = ops.decode_attention(q, *cache, tables, torch.tensor(lengths), window)
+    for row, length in enumerate(lengths):
+        seen = slice(max(0, length - window), length)
+        expected = attend_one(q[row], keys[row, seen], values[row, seen])
+        torch.testing.assert_close(got[row], expected, **CLOSE)
+
+
+def test_stretched_angles_turn_slower_and_grow():
+    positions, divisors = torch.tensor([3, 8000]), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    cos, sin = ops.rope_angles(positions, E, 100.0, divisors, magnitude=1.5)
+    for i, divisor in enumerate(divisors.tolist()):
+        plain_cos, plain_sin = ops.rope_angles(positions.double() / divisor, E, 100.0)
+        torch.testing.assert_close(cos[:, i], 1.5 * plain_cos[:, i], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(sin[:, i], 1.5 * plain_sin[:, i], rtol=1e-3, atol=2e-3)
+
+
+def test_a_token_is_routed_to_its_likeliest_experts():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]]).log()  # probabilities 0, 1/2, 1/6, 1/3
+    weights, experts = ops.route(logits, 2, sum_to_one=False)
+    assert experts.tolist() == [[1, 3]]
+    torch.testing.assert_close(weights, torch.tensor([[1 / 2, 1 / 3]]))
+    weights, _ = ops.route(logits, 2, sum_to_one=True)
+    torch.testing.assert_close(weights, torch.tensor([[3 / 5, 2 / 5]]))
