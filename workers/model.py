@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import reference as ops
+from workers.feed_forward import FeedForward, load_feed_forward
 
 if TYPE_CHECKING:
     from workers.weights.checkpoint import Checkpoint
@@ -54,10 +55,13 @@ class Layer:
 
     attention_norm: torch.Tensor  # [D]
     qkv: torch.Tensor  # [D, (H + 2K)·E]
+    qkv_bias: torch.Tensor | None  # [(H + 2K)·E]
+    q_norm: torch.Tensor | None  # [E]
+    k_norm: torch.Tensor | None  # [E]
+    window: int  # tokens that each token sees, 0 for all
     attention_out: torch.Tensor  # [H·E, D]
     ffn_norm: torch.Tensor  # [D]
-    gate_up: torch.Tensor  # [D, 2F]
-    down: torch.Tensor  # [F, D]
+    ffn: FeedForward
 
 
 class Model:
@@ -65,7 +69,9 @@ class Model:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.shape = checkpoint.shape
-        self.layers = [_layer(checkpoint, f"model.layers.{i}.") for i in range(self.shape.layers)]
+        divisors = self.shape.rope_divisors
+        self.rope_divisors = torch.tensor(divisors) if divisors else None  # [E/2]
+        self.layers = [_layer(checkpoint, number) for number in range(self.shape.layers)]
         self.norm = checkpoint.tensor("model.norm.weight")
         table = checkpoint.tensor("model.embed_tokens.weight")  # [V, D]
         if self.shape.tied_embeddings:
@@ -91,18 +97,24 @@ class Model:
     @torch.inference_mode()
     def hidden(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
         """Write the batch's keys and values, and give the last layer's output [T, D]."""
-        eps = self.shape.norm_eps
-        cos, sin = ops.rope_angles(batch.positions, self.shape.head_dim, self.shape.rope_theta)
+        shape, eps = self.shape, self.shape.norm_eps
+        cos, sin = ops.rope_angles(
+            batch.positions,
+            shape.head_dim,
+            shape.rope_theta,
+            self.rope_divisors,
+            shape.rope_magnitude,
+        )
         x = self.embedding[batch.tokens]  # [T, D]
         for layer, kv in zip(self.layers, cache, strict=True):
             qkv = ops.rms_norm(x, layer.attention_norm, eps) @ layer.qkv
-            x = x + self._attention(qkv, cos, sin, kv, batch) @ layer.attention_out
-            gate_up = ops.rms_norm(x, layer.ffn_norm, eps) @ layer.gate_up
-            x = x + ops.silu_mul(gate_up) @ layer.down
+            x = x + self._attention(layer, qkv, cos, sin, kv, batch) @ layer.attention_out
+            x = x + layer.ffn.forward(ops.rms_norm(x, layer.ffn_norm, eps))
         return x
 
     def _attention(
         self,
+        layer: Layer,
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
@@ -111,32 +123,48 @@ class Model:
     ) -> torch.Tensor:
         """qkv [T, (H + 2K)·E] -> [T, H·E], by way of the layer's cache kv [2, blocks, 16, K, E]."""
         heads, kv_heads = self.shape.heads, self.shape.kv_heads
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias
         by_head = qkv.view(-1, heads + 2 * kv_heads, self.shape.head_dim)
-        q = ops.rope(by_head[:, :heads], cos, sin)
-        k = ops.rope(by_head[:, heads : heads + kv_heads], cos, sin)
-        v = by_head[:, heads + kv_heads :]
+        q, k, v = torch.split(by_head, [heads, kv_heads, kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = ops.rms_norm(q, layer.q_norm, self.shape.norm_eps)
+            k = ops.rms_norm(k, layer.k_norm, self.shape.norm_eps)
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         ops.write_kv(kv, batch.slots, k, v)
         out = torch.empty_like(q)
         for p in batch.prefills:
             rows = slice(p.first, p.last)
-            out[rows] = ops.prefill_attention(q[rows], kv[0], kv[1], p.table, p.start)
+            out[rows] = ops.prefill_attention(q[rows], kv[0], kv[1], p.table, p.start, layer.window)
         for d in batch.decodes:
-            out[d.rows] = ops.decode_attention(q[d.rows], kv[0], kv[1], d.tables, d.lengths)
+            out[d.rows] = ops.decode_attention(
+                q[d.rows], kv[0], kv[1], d.tables, d.lengths, layer.window
+            )
         return out.flatten(1)
 
 
-def _layer(checkpoint: Checkpoint, prefix: str) -> Layer:
+def _layer(checkpoint: Checkpoint, number: int) -> Layer:
     """Load one layer; matrices that read the same input become one."""
+    shape, prefix = checkpoint.shape, f"model.layers.{number}."
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+    def joined(names: tuple[str, ...], part: str) -> torch.Tensor:
+        return torch.cat([checkpoint.tensor(f"{prefix}{name}.{part}") for name in names])
 
     def matrix(*names: str) -> torch.Tensor:
-        parts = [checkpoint.tensor(f"{prefix}{name}.weight") for name in names]  # [out, in] each
-        return torch.cat(parts).t().contiguous()
+        return joined(names, "weight").t().contiguous()
+
+    def vector(name: str) -> torch.Tensor:
+        return checkpoint.tensor(f"{prefix}{name}.weight")
 
     return Layer(
-        attention_norm=checkpoint.tensor(f"{prefix}input_layernorm.weight"),
-        qkv=matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_norm=vector("input_layernorm"),
+        qkv=matrix(*qkv),
+        qkv_bias=joined(qkv, "bias") if shape.qkv_bias else None,
+        q_norm=vector("self_attn.q_norm") if shape.qk_norm else None,
+        k_norm=vector("self_attn.k_norm") if shape.qk_norm else None,
+        window=shape.window if number in shape.window_layers else 0,
         attention_out=matrix("self_attn.o_proj"),
-        ffn_norm=checkpoint.tensor(f"{prefix}post_attention_layernorm.weight"),
-        gate_up=matrix("mlp.gate_proj", "mlp.up_proj"),
-        down=matrix("mlp.down_proj"),
+        ffn_norm=vector("post_attention_layernorm"),
+        ffn=load_feed_forward(matrix, shape, number),
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 from workers.text import Text
 from workers.weights.catalogue import resolve
@@ -19,8 +22,8 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
-    "initializer_range": 0.2,  # large enough that the top two logits lie well apart
 }
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="session")
@@ -38,14 +41,37 @@ def smollm2(smollm2_path):
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory):
+def bench():
+    """The commands bench/exact.py and bench/oracle.py as modules: what they check, tests check."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield importlib.import_module("exact"), importlib.import_module("oracle")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Makes random models: a family and its configuration → (transformers' model, its folder)."""
+
+    def make(family, **config):
+        torch.manual_seed(0)
+        configuration = getattr(transformers, f"{family}Config")(**(TINY | config))
+        model = getattr(transformers, f"{family}ForCausalLM")(configuration).eval()
+        for name, weight in model.named_parameters():
+            mean = 1.0 if "norm" in name else 0.0  # biases and norms too, which begin as 0 and 1
+            torch.nn.init.normal_(weight, mean, 0.2)
+        folder = tmp_path_factory.mktemp("tiny")
+        model.save_pretrained(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model):
     """Makes random Llamas: keywords of LlamaConfig → (transformers' model, our checkpoint)."""
 
     def make(**config):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(TINY | config))).eval()
-        folder = tmp_path_factory.mktemp("tiny")
-        model.save_pretrained(folder)
+        model, folder = tiny_model("Llama", **config)
         return model, open_checkpoint(folder)
 
     return make

@@ -1,24 +1,11 @@
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
 from scheduler.batching import Sequence, Slice
 from scheduler.request import Job, Limits, Prompt, Sampling
 from workers.native import GROUP_BLOCKS, NativeRunner, make_batch, make_draws
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The commands bench/exact.py and bench/oracle.py as modules: what they check, tests check."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("exact"), importlib.import_module("oracle")
 
 
 def sequence(tokens, blocks=(), *, prompt_len=None, choice=0, forks=(), sampling=None):

@@ -139,13 +139,38 @@ def test_tensors_and_tokenizer_outlive_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architecture": "qwen2"}, "its architecture is 'qwen2'; supported is Llama"),
-        ({"llama__rope__scaling__type": "yarn"}, "scales its rotary embeddings (yarn)"),
-        ({"llama__rope__scaling__factor": 4.0}, "scales its rotary embeddings"),
-        ({"llama__rope__scale_linear": 2.0}, "scales its rotary embeddings"),
+        ({"architecture": "gemma"}, "its architecture is 'gemma'; supported are llama, qwen2"),
+        (
+            {"llama__rope__scaling__type": "longrope", "llama__rope__scaling__factor": 4.0},
+            "scales its rotary embeddings (longrope)",
+        ),
+        (
+            {"llama__rope__scaling__type": "yarn", "llama__rope__scaling__yarn_ext_factor": 0.5},
+            "yarn_ext_factor is unusual",
+        ),
+        (
+            {
+                "llama__rope__scaling__factor": 4.0,
+                "tensors": {"rope_freqs.weight": (E // 2,)},
+            },
+            "scales its rotary embeddings in two ways",
+        ),
         ({"llama__rope__dimension_count": 1}, "rotates only a part of each head"),
-        ({"tensors": {"rope_freqs.weight": (E // 2,)}}, "it holds rope_freqs.weight"),
-        ({"tensors": {"blk.0.attn_q.bias": (D,)}}, "it holds blk.0.attn_q.bias"),
+        ({"tensors": {"rope_freqs.weight": (E,)}}, "it scales 4 rotary frequencies of 2"),
+        ({"tensors": {"blk.0.ffn_gate_inp.weight": (4, D)}}, "llama.expert_count is None"),
+        (
+            {
+                "tensors": {"blk.0.ffn_gate_inp.weight": (4, D)},
+                "llama__expert_count": 4,
+                "llama__expert_used_count": 5,
+            },
+            "each token uses 5 of 4 experts",
+        ),
+        (
+            {"tensors": {"blk.0.ffn_gate_inp.weight": (4, D)}, "llama__expert_gating_func": 2},
+            "not chosen by a softmax",
+        ),
+        ({"tensors": {"blk.0.attn_q.bias": (D,)}}, "it holds model.layers.0.self_attn.q_proj.bias"),
         ({"leave_out": ["blk.0.ffn_up.weight"]}, "model.layers.0.mlp.up_proj.weight is missing"),
         ({"llama__feed_forward_length": 32}, "[24, 16], its configuration says [32, 16]"),
         ({"llama__block_count": 0}, "a dimension of the model is not positive"),

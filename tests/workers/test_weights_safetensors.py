@@ -99,6 +99,29 @@ def test_the_configuration_gives_the_shape(make):
     assert checkpoint.shape.parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("scaling", "context", "divisors"),
+    [
+        ({"type": "linear", "factor": 4.0}, 512, (4.0, 4.0)),
+        ({"type": "dynamic", "factor": 4.0}, 128, ()),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512, None),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128, None),
+        ({"type": "yarn", "original_max_position_embeddings": 32}, 128, None),
+        ({"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32}, 128, None),
+    ],
+)
+def test_a_stretched_context_is_as_long_as_its_factor_says(make, scaling, context, divisors):
+    folder, _ = make()
+    change(folder / "config.json", rope_parameters=None, rope_scaling=scaling)
+    shape = open_checkpoint(folder).shape
+    assert shape.context_length == context
+    if divisors is None:  # the first pair turns often and is kept, the last is stretched
+        first, last = shape.rope_divisors
+        assert first < last <= 4.0
+    else:
+        assert shape.rope_divisors == divisors
+
+
 def test_older_configurations_keep_theta_at_the_top(make):
     folder, _ = make()
     change(folder / "config.json", rope_parameters=None, rope_theta=1e6, rope_scaling=None)
@@ -154,14 +177,23 @@ def test_tokenizer_config_gives_template_and_special_tokens(make):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "its architecture is Qwen2ForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "its architecture is GemmaForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "layers.0.self_attn.q_proj.bias is missing"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "head_dim": 4},
+            "self_attn.q_norm.weight is missi",
+        ),
+        ({"architectures": ["MixtralForCausalLM"]}, "each token uses 0 of 0 experts"),
         ({"architectures": []}, "its architecture is unknown"),
         ({"architectures": None}, "missing required field `architectures`"),
         ({"hidden_size": "wide"}, "Expected `int`, got `str` - at `$.hidden_size`"),
         ({"hidden_act": "gelu"}, "its activation is 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "its safetensors are quantised"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "embeddings (llama3)"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "embeddings (linear)"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 8.0}}, "embeddings (longrope)"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "embeddings (su)"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "rotates only a part of each head"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "its rotary factor is -2.0"),
+        ({"rope_scaling": {"type": "llama3", "high_freq_factor": 1.0}}, "cannot be right"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "it holds model.layers.1."),
         ({"intermediate_size": 32}, "[24, 16], its configuration says [32, 16]"),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from scheduler.models import ModelShape
+    from workers.weights.gguf_header import StoredTensor
+    from workers.weights.quantise import Quantize
 
 
 class Checkpoint(Protocol):
@@ -38,6 +40,13 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def stored(self, name: str) -> StoredTensor | None:
+        """The same weight row for row in GGUF's blocks, or None if it is not kept in such.
+
+        Dequantised it equals `tensor(name)`. Raises KeyError like `tensor`.
+        """
+        ...
+
     def tokenizer(self) -> Tokenizer: ...
 
     def close(self) -> None:
@@ -45,13 +54,20 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, quantize: Quantize | None = None) -> Checkpoint:
     """Open a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
 
+    `quantize` rounds a folder's matrices to 4 or 8 bits as they are asked for: `tensor` and
+    `stored` then give the same, rounded model. A GGUF file was quantised when it was made.
     Raises SetupError, naming the file, if it is damaged or its model is not supported.
     """
     if path.is_dir():
-        return SafetensorsFolder(path)
+        return SafetensorsFolder(path, quantize)
     if path.is_file():
+        if quantize is not None:
+            raise SetupError(
+                f"{path} is a GGUF file, which keeps its own quantisation; fetch it in the one "
+                f"that you want, or give a folder of safetensors to quantise to {quantize}"
+            )
         return GgufFile(path)
     raise SetupError(f"{path} does not exist; give a GGUF file or a folder of safetensors")

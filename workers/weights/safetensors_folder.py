@@ -7,48 +7,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
+from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from scheduler.errors import SetupError
-from scheduler.models import ModelShape
-from workers.weights import llama
+from workers.weights import families
+from workers.weights.hf_config import Config, Ids, read_shape
+from workers.weights.quantise import BLOCK, KINDS, Quantize, quantise
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Ids = int | list[int] | None
+    from workers.weights.gguf_header import StoredTensor
+
 T = TypeVar("T")
 
-
-class _Rope(msgspec.Struct):
-    """Rotary embeddings; older files say `type`."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: float | None = None
-
-
-class _Config(msgspec.Struct):
-    """config.json: what decides how a Llama computes."""
-
-    architectures: list[str]
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    rope_theta: float | None = None
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | None = None  # newer files: theta and scaling together
-    tie_word_embeddings: bool = False
-    eos_token_id: Ids = None
-    quantization_config: dict[str, Any] | None = None
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 class _GenerationConfig(msgspec.Struct):
@@ -85,31 +60,66 @@ class _Index(msgspec.Struct):
 class SafetensorsFolder:
     """The weights, tokenizer and chat template of one folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, quantize: Quantize | None = None) -> None:
         """Raises SetupError if a file is missing or damaged or the model is not supported."""
         self._path = path
-        config = _read(path / "config.json", _Config)
-        _check_supported(path, config)
-        self.shape = _shape(config)
-        llama.check_shape(path, self.shape)
+        self._quantize = quantize
+        config = _read(path / "config.json", Config)
+        try:
+            self.shape = read_shape(config)
+        except SetupError as error:
+            raise SetupError(f"{path}: {error}") from error
+        except (ArithmeticError, ValueError) as error:
+            raise SetupError(
+                f"{path}/config.json cannot be right ({error}); fetch it again"
+            ) from error
+        families.check_shape(path, self.shape)
         self.eos_ids = self._eos_ids(config)
         tokenizer = self._optional("tokenizer_config.json", _TokenizerConfig)
         self.special_tokens = _special_tokens(tokenizer)
         self.chat_template = self._chat_template(tokenizer)
-        self._weights: dict[str, Any] = {}  # name → the open file that holds it
+        # Our name → the open file that holds the weight, and its name there.
+        self._weights: dict[str, tuple[Any, str]] = {}
+        self._dims: dict[str, tuple[int, ...]] = {}
         with contextlib.ExitStack() as files:
             self._open_weights(files)
             self._files = files.pop_all()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(llama.llama_tensors(self.shape))
+        return tuple(families.model_tensors(self.shape))
 
     def tensor(self, name: str) -> torch.Tensor:
         """float32 and contiguous; see Checkpoint."""
-        if name == llama.LM_HEAD and self.shape.tied_embeddings:
-            name = llama.EMBEDDING
-        stored: torch.Tensor = self._weights[name].get_tensor(name)
+        if stored := self.stored(name):
+            return torch.from_numpy(dequantize(stored.data, stored.kind))
+        return self._original(name)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Blocks made on the spot, if they were asked for; see Checkpoint.
+
+        The tables of tokens get int8 in any case: they are read by the row, or decide the token.
+        Norms, biases and routers stay as they are, and so do rows that are not whole blocks.
+        """
+        dims = self._dims[self._source(name)]
+        table = name in (families.EMBEDDING, families.LM_HEAD)
+        small = len(dims) == 1 or name.endswith(".mlp.gate.weight")
+        if self._quantize is None or small or dims[1] % BLOCK:
+            return None
+        try:
+            return quantise(
+                self._original(name).numpy(), KINDS["int8" if table else self._quantize]
+            )
+        except ValueError as error:
+            raise SetupError(f"{self._path}: {name} cannot be quantised: {error}") from error
+
+    def _source(self, name: str) -> str:
+        tied = name == families.LM_HEAD and self.shape.tied_embeddings
+        return families.EMBEDDING if tied else name
+
+    def _original(self, name: str) -> torch.Tensor:
+        file, name = self._weights[self._source(name)]
+        stored: torch.Tensor = file.get_tensor(name)
         return stored.to(torch.float32).contiguous()
 
     def tokenizer(self) -> Tokenizer:
@@ -130,7 +140,7 @@ class SafetensorsFolder:
         path = self._path / name
         return _read(path, kind) if path.is_file() else kind()
 
-    def _eos_ids(self, config: _Config) -> frozenset[int]:
+    def _eos_ids(self, config: Config) -> frozenset[int]:
         ids = self._optional("generation_config.json", _GenerationConfig).eos_token_id
         ids = config.eos_token_id if ids is None else ids
         return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
@@ -145,21 +155,22 @@ class SafetensorsFolder:
         return config.chat_template
 
     def _open_weights(self, files: contextlib.ExitStack) -> None:
-        dims: dict[str, tuple[int, ...]] = {}
+        dims = self._dims
         for path in self._weight_files():
             try:
                 file = files.enter_context(safe_open(path, framework="pt"))
-                for name in file.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
-                    self._weights[name] = file
-                    dims[name] = tuple(file.get_slice(name).get_shape())
+                for stored in file.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
+                    name = _our_name(stored)
+                    self._weights[name] = file, stored
+                    dims[name] = tuple(file.get_slice(stored).get_shape())
             except (OSError, SafetensorError) as error:
                 raise SetupError(f"{path} is damaged ({error}); fetch it again") from error
         # Old exports keep two things that the model does not need: the rotary frequencies, which
         # follow from theta, and a copy of tied embeddings.
         derived = [name for name in dims if name.endswith("rotary_emb.inv_freq")]
-        for name in [*derived, *([llama.LM_HEAD] if self.shape.tied_embeddings else [])]:
+        for name in [*derived, *([families.LM_HEAD] if self.shape.tied_embeddings else [])]:
             dims.pop(name, None)
-        llama.check_tensors(self._path, self.shape, dims)
+        families.check_tensors(self._path, self.shape, dims)
 
     def _weight_files(self) -> list[Path]:
         index = self._path / "model.safetensors.index.json"
@@ -171,6 +182,17 @@ class SafetensorsFolder:
             if path.parent != self._path or not path.is_file():
                 raise SetupError(f"{path} is missing; fetch the whole model again")
         return paths
+
+
+def _our_name(name: str) -> str:
+    """Mixtral's names for its router and experts, as Qwen3-MoE spells them; others stay."""
+    before, _, after = name.partition(".block_sparse_moe.")
+    match after.split("."):
+        case ["gate", "weight"]:
+            return f"{before}.mlp.gate.weight"
+        case ["experts", expert, part, "weight"] if part in _MIXTRAL:
+            return f"{before}.mlp.experts.{expert}.{_MIXTRAL[part]}.weight"
+    return name
 
 
 def _bytes(path: Path) -> bytes:
@@ -187,40 +209,6 @@ def _read(path: Path, kind: type[T]) -> T:
         return msgspec.json.decode(_bytes(path), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SetupError(f"{path} is not as it must be: {error}; fetch it again") from error
-
-
-def _check_supported(path: Path, config: _Config) -> None:
-    if config.architectures != ["LlamaForCausalLM"]:
-        names = ", ".join(config.architectures) or "unknown"
-        raise SetupError(f"{path}: its architecture is {names}; supported is {llama.SUPPORTED}")
-    if config.quantization_config is not None:
-        raise SetupError(f"{path}: its safetensors are quantised; use a GGUF file of this model")
-    if config.hidden_act != "silu":
-        raise SetupError(f"{path}: its activation is {config.hidden_act!r}; supported is 'silu'")
-    for rope in (config.rope_scaling, config.rope_parameters):
-        kind = (rope and (rope.rope_type or rope.type)) or "default"
-        if kind != "default":
-            raise SetupError(
-                f"{path}: it scales its rotary embeddings ({kind}); supported is {llama.SUPPORTED}"
-            )
-
-
-def _shape(config: _Config) -> ModelShape:
-    heads = config.num_attention_heads
-    newer = config.rope_parameters or _Rope()
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=config.head_dim or config.hidden_size // max(heads, 1),
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        rope_theta=config.rope_theta or newer.rope_theta or 10_000.0,
-        norm_eps=config.rms_norm_eps,
-        tied_embeddings=config.tie_word_embeddings,
-    )
 
 
 def _special_tokens(config: _TokenizerConfig) -> dict[str, str]:
