@@ -6,6 +6,8 @@ they hold plain values only and never change once made.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 TokenIds = list[int]
@@ -58,6 +60,14 @@ class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What every answer must match; `param` is the field of the body that asked for it."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    param: str
+
+
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     """One prompt and its choices, as sent to a worker: all that is needed to start or take over.
 
@@ -76,6 +86,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     choices: tuple[int, ...] = (0,)
     emitted: TokenIds = []
     sent: int = 0
+    grammar: Grammar | None = None
     echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
 
     @property

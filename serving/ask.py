@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from scheduler.messages import Echo, FinishReason, TokenLogprob
-from scheduler.request import Limits, Prompt, Sampling
+from scheduler.request import Grammar, Limits, Prompt, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -24,6 +24,7 @@ class Ask(msgspec.Struct, frozen=True):
     limits: Limits
     n: int
     created: float  # Unix seconds of arrival
+    grammar: Grammar | None = None
     echo: bool = False
 
 

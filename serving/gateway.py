@@ -147,6 +147,7 @@ class Gateway:
             created=ask.created,
             prompt_index=index,
             choices=tuple(range(ask.n)),
+            grammar=ask.grammar,
             echo=ask.echo,
         )
         live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)

@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool
-from scheduler.request import Job, Limits, Prompt, Sampling
+from scheduler.request import Grammar, Job, Limits, Prompt, Sampling
 from workers.engine import Engine
 from workers.fake import FakeOptions, FakeRunner, FakeText
 
@@ -30,6 +30,8 @@ def _job(
     emitted: list[int] | None = None,
     sent: int = 0,
     echo: bool = False,
+    grammar: Grammar | None = None,
+    temperature: float = 1.0,
     **limits,
 ) -> Job:
     prompt = Prompt(text=text) if ids is None else Prompt(ids=ids)
@@ -38,12 +40,13 @@ def _job(
         epoch=epoch,
         model="fake",
         prompt=prompt,
-        sampling=Sampling(seed=seed, logprobs=logprobs),
+        sampling=Sampling(seed=seed, temperature=temperature, logprobs=logprobs),
         limits=Limits(**limits),
         created=0.0,
         choices=choices,
         emitted=emitted or [],
         sent=sent,
+        grammar=grammar,
         echo=echo,
     )
 

@@ -9,6 +9,7 @@ from workers.runner import Reading
 
 if TYPE_CHECKING:
     from scheduler.request import Job, TokenIds
+    from workers.grammar import Mask
     from workers.runner import Sampled
     from workers.text import Tokens
 
@@ -27,12 +28,17 @@ class Choice:
         self._max_tokens = max_tokens
         self._position = len(emitted)
         self._stream = text.stream(job.limits.stop, emitted, sent)
+        self._matcher = text.grammars.start(job.grammar, emitted) if job.grammar else None
         self._repeats: TokenIds = []
 
     @property
     def sent(self) -> int:
         """Characters given so far."""
         return self._stream.sent
+
+    def allowed(self) -> Mask | None:
+        """What its grammar allows next; None: anything. Raises BadRequest."""
+        return self._matcher.allowed() if self._matcher else None
 
     def repeat(self, prompt: TokenIds) -> None:
         """The first output shall bring the prompt along."""
@@ -63,12 +69,17 @@ class Choice:
 
     def _say(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that a token lets out, and why it is the last one, if it is."""
-        stream, limits = self._stream, self._job.limits
-        if token in self._text.eos_ids and not limits.ignore_eos:
+        stream, matcher = self._stream, self._matcher
+        endless = self._job.limits.ignore_eos and not matcher  # nothing follows a grammar's end
+        if token in self._text.eos_ids and not endless:
             return stream.finish(), FinishReason.STOP
         text = stream.push(token)
+        if matcher:
+            matcher.take(token)
         if stream.stopped:
             return text, FinishReason.STOP
+        if matcher and matcher.finished:
+            return text + stream.finish(), FinishReason.STOP
         if self._position + 1 >= self._max_tokens:
             return text + stream.finish(), FinishReason.LENGTH
         return text, None

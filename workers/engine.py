@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from scheduler.request import Job, TokenIds
-    from workers.runner import Runner, Sampled
+    from workers.grammar import Mask
+    from workers.runner import Reading, Runner, Sampled
     from workers.text import Tokens
 
 Key = tuple[str, int]
@@ -42,6 +43,7 @@ class StepResult:
     outputs: list[Output] = field(default_factory=list)
     granted: dict[Key, Sequence] = field(default_factory=dict)
     held: dict[Key, Held] = field(default_factory=dict)
+    refused: dict[Key, BadRequest] = field(default_factory=dict)  # cannot go on: to be cancelled
     idle: bool = False  # nothing could be done: wait for an event before the next step
 
 
@@ -153,9 +155,9 @@ class Engine:
     def step(self) -> StepResult:
         """Run one step: at most `max_step_tokens` tokens of any number of sequences."""
         plan = self.batcher.next_step()
-        drawn = iter(self._run(plan) if plan.slices else ())
-        self.batcher.advance(plan)
         result = StepResult(idle=not plan.slices and not plan.granted)
+        drawn = iter(self._run(plan, result) if plan.slices else ())
+        self.batcher.advance(plan)
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
         for piece in plan.slices:
@@ -164,15 +166,25 @@ class Engine:
         self.tokens += len(result.outputs)
         return result
 
-    def _run(self, plan: Step) -> list[Sampled]:
+    def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
         start = self._clock()
-        drawn = self.runner.run(plan.slices, self._wishes(plan))
+        drawn = self.runner.run(plan.slices, self._wishes(plan, result))
         self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, self._clock() - start)
         return drawn
 
-    def _wishes(self, plan: Step) -> Wishes:
-        choices = ((piece.sequence, self._choices[piece.sequence]) for piece in plan.slices)
-        return Wishes(readings={s: c.reading for s, c in choices if c.reading})
+    def _wishes(self, plan: Step, result: StepResult) -> Wishes:
+        readings: dict[Sequence, Reading] = {}
+        masks: dict[Sequence, Mask] = {}
+        for piece in plan.slices:
+            sequence, choice = piece.sequence, self._choices[piece.sequence]
+            if choice.reading:
+                readings[sequence] = choice.reading
+            try:
+                if piece.choices and (mask := choice.allowed()) is not None:
+                    masks[sequence] = mask
+            except BadRequest as error:
+                result.refused[sequence.job.id, sequence.job.epoch] = error
+        return Wishes(readings, masks)
 
     def check_integrity(self) -> None:
         """Every sequence belongs to a job; blocks as the batcher checks them."""
@@ -207,9 +219,9 @@ class Engine:
 
     def _give(self, piece: Slice, drawn: list[Sampled], result: StepResult) -> None:
         """Append the drawn tokens of one slice to its choices and say so."""
-        if not drawn:
-            return
         parent = piece.sequence
+        if not drawn or (parent.job.id, parent.job.epoch) in result.refused:
+            return
         sequences = [parent, *self._branch(parent)]
         outputs = [self._append(s, d) for s, d in zip(sequences, drawn, strict=True)]
         result.outputs += outputs

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from scheduler.batching import Sequence
+    from scheduler.errors import BadRequest
     from scheduler.messages import FirstToken, Output
-    from scheduler.request import Job, TokenIds
+    from scheduler.request import Grammar, Job, TokenIds
     from workers.engine import Engine, Held, Key, StepResult
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,9 @@ class EngineLoop:
         self,
         engine: Engine,
         on_outputs: Callable[[list[Output]], Awaitable[None]],
-        on_broken: Callable[[Key, str], Awaitable[None]],
+        on_broken: Callable[[Key, str | BadRequest], Awaitable[None]],
     ) -> None:
+        """`on_broken` hears of each job that is given up: by a fault of ours, or of the request."""
         self.engine = engine
         self.cancelled = 0
         self.cancel_steps_max = 0
@@ -63,6 +65,14 @@ class EngineLoop:
         finally:
             self._thread.shutdown(wait=True)
 
+    async def prepare(self, job: Job) -> None:
+        """Do beforehand, beside the steps, what would hold them up. Raises BadRequest."""
+        if job.grammar:
+            await asyncio.to_thread(self._compile, job.grammar)
+
+    def _compile(self, grammar: Grammar) -> None:
+        self.engine.text.grammars.compile(grammar)
+
     async def add(self, job: Job, prompt: TokenIds) -> None:
         """Serve a job here; its outputs follow. Raises BadRequest if it can never fit."""
         await self._do(lambda: self.engine.add(job, prompt))
@@ -81,6 +91,7 @@ class EngineLoop:
     async def reserve(self, job: Job, prompt: TokenIds) -> Sequence:
         """Wait until blocks are held for a KV cache that will arrive."""
         key = (job.id, job.epoch)
+        await self.prepare(job)
         future: asyncio.Future[Sequence] = asyncio.get_running_loop().create_future()
         self._granted[key] = future
         try:
@@ -170,6 +181,9 @@ class EngineLoop:
             self._resolve(self._granted.get(key), sequence)
         if result.outputs:
             await self._on_outputs(result.outputs)
+        for key, error in result.refused.items():
+            await self._on_broken(key, error)
+            self._cancel(key)
 
     @staticmethod
     def _resolve(future: asyncio.Future[Value] | None, value: Value) -> None:

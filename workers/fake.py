@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 import zlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from scheduler import batching
     from scheduler.batching import Slice
     from scheduler.request import Prompt, TokenIds
+    from workers.grammar import Grammars, Mask
     from workers.runner import Wishes
 
 EOS = 256
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
+_CLOSING = (EOS, *b'"}]0:,')  # what ends an answer that follows a grammar, best first
 _SAMPLED = 256  # positions that the hash reads, evenly spread: long prompts stay cheap
 SHAPE = ModelShape(
     layers=2,
@@ -74,6 +77,15 @@ class FakeText:
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Structured output in bytes."""
+        # Here, because it needs what a machine without an engine does not have.
+        from workers.grammar import Grammars
+
+        spelled = [self.token_bytes(token) for token in range(SHAPE.vocab)]
+        return Grammars(spelled, self.eos_ids, self.eos_ids, lambda text: list(text.encode()))
 
     def encode(self, prompt: Prompt, created: float) -> TokenIds:
         """UTF-8 bytes; messages as `role: content` lines."""
@@ -156,7 +168,11 @@ class FakeRunner:
             self._write(piece)
             if reading := wishes.readings.get(piece.sequence):
                 reading.take(piece.start, _scores(piece, reading.top))
-        return [self._draw(s.sequence, choice) for s in slices for choice in s.choices]
+        return [
+            self._draw(s.sequence, choice, wishes.masks.get(s.sequence))
+            for s in slices
+            for choice in s.choices
+        ]
 
     def rates(self) -> Rates:
         """What a measurement of this worker would find."""
@@ -172,9 +188,10 @@ class FakeRunner:
                 tokens, np.float32
             )[:, None]
 
-    def _draw(self, sequence: batching.Sequence, choice: int) -> Sampled:
+    def _draw(self, sequence: batching.Sequence, choice: int, allowed: Mask | None) -> Sampled:
         sampling, position = sequence.job.sampling, sequence.position
-        if position >= self._options.tokens and not sequence.job.limits.ignore_eos:
+        ends = position >= self._options.tokens and not sequence.job.limits.ignore_eos
+        if ends and allowed is None:
             return Sampled(EOS)
         count = len(sequence.tokens)
         seen = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
@@ -184,6 +201,8 @@ class FakeRunner:
         noise = (context, count, sampling.seed, sequence.job.prompt_index, choice, position)
         digest = hashlib.blake2b(repr(noise).encode(), digest_size=1).digest()[0]
         token = _ALPHABET[digest % len(_ALPHABET)]
+        if allowed is not None:
+            token = _follow(allowed, token, ends)
         return Sampled(token, -0.5, _top(sampling.logprobs or 0))
 
 
@@ -194,6 +213,13 @@ def _scores(piece: Slice, top: int) -> list[Sampled]:
     return [
         Sampled(sequence.tokens[i], -float(sequence.tokens[i - 1]) / 100, _top(top)) for i in ends
     ]
+
+
+def _follow(allowed: Mask, token: int, ends: bool) -> int:
+    """The token if the grammar lets it, else what brings the answer to an end."""
+    wanted: list[int] = [*_CLOSING, token] if ends else [token, *_CLOSING]
+    possible: list[int] = np.flatnonzero(allowed).tolist()
+    return next((candidate for candidate in wanted if candidate in possible), possible[0])
 
 
 def _top(count: int) -> tuple[tuple[int, float], ...]:

@@ -15,9 +15,11 @@ from workers.runner import NO_WISHES
 from workers.sampling import Draw, sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from scheduler import batching
     from scheduler.batching import Slice
+    from workers.grammar import Mask
     from workers.runner import Sampled, Wishes
     from workers.weights.checkpoint import Checkpoint
 
@@ -40,7 +42,7 @@ class NativeRunner:
         hidden = self.model.hidden(batch, self._cache)
         if wishes.readings:
             read(slices, hidden, self.model.logits, wishes.readings)
-        return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices))
+        return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices, wishes.masks))
 
 
 def make_batch(slices: Sequence[Slice]) -> Batch:
@@ -72,8 +74,11 @@ def make_batch(slices: Sequence[Slice]) -> Batch:
     )
 
 
-def make_draws(slices: Sequence[Slice]) -> list[Draw]:
-    """The draws of each slice's choices; those of one slice share its row of logits."""
+def make_draws(
+    slices: Sequence[Slice], masks: Mapping[batching.Sequence, Mask] = NO_WISHES.masks
+) -> list[Draw]:
+    """The draws of each slice's choices; those of one slice share its row of logits and its mask:
+    before its first token every choice is at the start of the grammar."""
     drawing = [piece for piece in slices if piece.choices]
     return [
         Draw(
@@ -83,6 +88,7 @@ def make_draws(slices: Sequence[Slice]) -> list[Draw]:
             choice=choice,
             tokens=piece.sequence.tokens,
             prompt_len=piece.sequence.prompt_len,
+            allowed=masks.get(piece.sequence),
         )
         for row, piece in enumerate(drawing)
         for choice in piece.choices

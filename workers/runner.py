@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from scheduler import batching
     from scheduler.batching import Slice
+    from workers.grammar import Mask
     from workers.kv_cache import KvCache
 
 
@@ -39,6 +40,7 @@ class Wishes:
     """What some of the sequences want beyond plain draws."""
 
     readings: Mapping[batching.Sequence, Reading] = field(default_factory=dict)
+    masks: Mapping[batching.Sequence, Mask] = field(default_factory=dict)  # what may be drawn
 
 
 NO_WISHES = Wishes()

@@ -1,9 +1,9 @@
 """From logits to tokens.
 
 A row of logits passes, in this order: repetition, presence and frequency penalties, logit bias,
-temperature, top-k, top-p, min-p, then one draw. Everything after the logits is float64 numpy and
-looks at its own row alone, so a draw is a function of (logits, sampling, prompt index, choice,
-tokens so far) whoever shares the batch.
+the grammar's mask, temperature, top-k, top-p, min-p, then one draw. Everything after the logits is
+float64 numpy and looks at its own row alone, so a draw is a function of (logits, sampling, prompt
+index, choice, tokens so far) whoever shares the batch.
 
 Log-probabilities that are reported are those of the model's own distribution: log-softmax of the
 raw logits, before any of the steps above.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from scheduler.request import Sampling, TokenIds
+    from workers.grammar import Mask
 
 Row: TypeAlias = "npt.NDArray[np.float64]"  # [V]
 Ids: TypeAlias = "npt.NDArray[np.int64]"
@@ -43,6 +44,7 @@ class Draw:
     choice: int
     tokens: TokenIds  # prompt, then what this choice has emitted
     prompt_len: int
+    allowed: Mask | None = None  # by the grammar; None: all
 
     @property
     def position(self) -> int:
@@ -53,7 +55,8 @@ class Draw:
     def plain(self) -> bool:
         """Greedy over the logits as they are, with nothing more to report."""
         s = self.sampling
-        return s.temperature == 0 and s.logprobs is None and not _adjusts(s)
+        free = self.allowed is None and not _adjusts(s)
+        return free and s.temperature == 0 and s.logprobs is None
 
 
 def check(sampling: Sampling, vocab: int) -> None:
@@ -103,6 +106,8 @@ def _sample_one(raw: npt.NDArray[np.float32], draw: Draw) -> Sampled:
     s = draw.sampling
     row = raw.astype(np.float64)
     adjusted = _adjust(row.copy(), draw) if _adjusts(s) else row
+    if draw.allowed is not None:
+        adjusted = _restrict(adjusted, draw.allowed)
     token = int(adjusted.argmax()) if s.temperature == 0 else _draw(adjusted, draw)
     if s.logprobs is None:
         return Sampled(token)
@@ -137,6 +142,13 @@ def _adjust(row: Row, draw: Draw) -> Row:
     for token, bias in s.logit_bias.items():
         row[token] += bias
     return row
+
+
+def _restrict(row: Row, allowed: Mask) -> Row:
+    """A copy without the tokens that are not allowed. A model may have more rows than tokens."""
+    restricted = np.full_like(row, -np.inf)
+    restricted[: len(allowed)][allowed] = row[: len(allowed)][allowed]
+    return restricted
 
 
 def _draw(row: Row, draw: Draw) -> int:

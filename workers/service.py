@@ -228,6 +228,7 @@ class WorkerService:
         try:
             prompt = await asyncio.to_thread(self._engine.text.encode, job.prompt, job.created)
             self._engine.check(job, prompt)
+            await self._loop.prepare(job)
             job = msgspec.structs.replace(job, prompt=Prompt(ids=prompt))
             await self._tell(Accepted(job.id, job.epoch, prompt))
             if handoff and not job.prefill_only:
@@ -277,5 +278,9 @@ class WorkerService:
     async def _on_outputs(self, outputs: list[Output]) -> None:
         await self._tell(Outputs(tuple(outputs)))
 
-    async def _on_broken(self, key: Key, reason: str) -> None:
-        await self._tell(Failed(*key, FailureKind.INTERNAL, reason))
+    async def _on_broken(self, key: Key, error: str | BadRequest) -> None:
+        if isinstance(error, BadRequest):
+            kind, reason = FailureKind.BAD_REQUEST, error.message
+            await self._tell(Failed(*key, kind, reason, error.param, error.code))
+        else:
+            await self._tell(Failed(*key, FailureKind.INTERNAL, error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import jinja2
@@ -15,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from scheduler.errors import BadRequest, SetupError
 from workers.detokenize import Detokenizer
+from workers.grammar import Grammars
 from workers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -58,6 +60,11 @@ class Tokens(Protocol):
     fingerprint: str  # equal between workers exactly if they turn text into the same tokens
     eos_ids: frozenset[int]
     context_length: int  # tokens of prompt and answer together
+
+    @property
+    def grammars(self) -> Grammars:
+        """Structured output in this vocabulary."""
+        ...
 
     def encode(self, prompt: Prompt, created: float) -> TokenIds:
         """The prompt's tokens, at least one; `created` (Unix seconds) is a template's clock.
@@ -124,6 +131,17 @@ class Text:
             special_tokens=checkpoint.special_tokens,
             context_length=checkpoint.shape.context_length,
         )
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Structured output in this vocabulary. Made on first use: it takes a moment."""
+
+        def encode(text: str) -> TokenIds:
+            ids: TokenIds = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+
+        spelled = [self.token_bytes(token) for token in range(len(self._vocabulary))]
+        return Grammars(spelled, self._silent, self.eos_ids, encode)
 
     def encode(self, prompt: Prompt, created: float) -> TokenIds:
         """The prompt's tokens. Special tokens that a user types are taken as such.

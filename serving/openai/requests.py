@@ -1,7 +1,8 @@
 """The bodies of OpenAI's generation endpoints, and how each becomes an Ask.
 
 Fields that OpenAI does not have and vLLM made common: top_k, min_p, repetition_penalty,
-ignore_eos. A null counts as absent. Unknown fields are ignored, as the field's servers do.
+ignore_eos, guided_json, guided_regex, guided_choice, guided_grammar. A null counts as absent.
+Unknown fields are ignored, as the field's servers do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scheduler.errors import BadRequest
 from scheduler.request import Limits, Message, Prompt, Sampling
 from serving.ask import Ask
 from serving.openai import checks
+from serving.openai.formats import ResponseFormat, grammar
 
 if TYPE_CHECKING:
     from serving.openai.limits import HttpLimits
@@ -50,6 +52,11 @@ class Body(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     logit_bias: dict[TokenId, float] | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     prompt_logprobs: Any = None
 
 
@@ -76,7 +83,6 @@ class ChatBody(Body, kw_only=True):
     tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -160,6 +166,7 @@ def _call(
         limits=Limits(body.max_tokens, _stop(body.stop), bool(body.ignore_eos)),
         n=_n(body.n, len(prompts), limits),
         created=created,
+        grammar=grammar(body),
     )
     options = body.stream_options
     return Call(ask, bool(body.stream), options is not None and bool(options.include_usage))

@@ -235,7 +235,6 @@ def test_a_bad_completion_is_refused_by_its_fields_name(fields, param):
         (chat, "tools", [], [{"type": "function", "function": {"name": "f"}}]),
         (chat, "tool_choice", "none", "auto"),
         (chat, "functions", [], [{"name": "f"}]),
-        (chat, "response_format", {"type": "text"}, {"type": "json_object"}),
         (chat, "modalities", ["text"], ["text", "audio"]),
         (chat, "prediction", None, {"type": "content", "content": "x"}),
         (chat, "prompt_logprobs", None, 1),
@@ -266,9 +265,8 @@ def test_tool_calls_of_the_past_are_refused():
         ({"top_p": 0}, "top_p must be greater than 0 and at most 1."),
         ({"max_tokens": "x"}, "max_tokens: expected `int | null`, got `str`."),
         (
-            {"response_format": {"type": "json_object"}},
-            "response_format is not supported here with this value: leave it out or set it to"
-            ' {"type":"text"}.',
+            {"functions": [{"name": "f"}]},
+            "functions is not supported here with this value: leave it out or set it to [].",
         ),
     ],
 )
