@@ -28,8 +28,10 @@ FLAGS = [
 ]
 INSTRUCTION_SETS = {
     "x86_64": {
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
-        + ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+        "avx512": [
+            *("-mavx2", "-mfma", "-mf16c"),
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+        ],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
     },
 }
@@ -48,8 +50,10 @@ class BuildKernels(build_ext):
                 shutil.copy2(earlier, target)
             return
         sets = INSTRUCTION_SETS.get(platform.machine(), {})
-        jobs = [("kernels.cpp", f"kernels_{name}", [f"-DISA={name}", *flags])
-                for name, flags in [*sets.items(), ("generic", [])]]
+        jobs = [
+            ("kernels.cpp", f"kernels_{name}", [f"-DISA={name}", *flags])
+            for name, flags in [*sets.items(), ("generic", [])]
+        ]
         defined = [f"-DMOTLEY_{name.upper()}" for name in sets]
         jobs += [(name + ".cpp", name, defined) for name in ("pool", "pack")]
         compiler = self.compiler.compiler_so_cxx[0]
@@ -70,6 +74,8 @@ class BuildKernels(build_ext):
 
 files = [str(path) for path in sorted(SOURCES.glob("*.[ch]*"))]
 setup(
-    ext_modules=[Extension("kernels.cpu.library", sources=[], depends=[*files, __file__], optional=True)],
+    ext_modules=[
+        Extension("kernels.cpu.library", sources=[], depends=[*files, __file__], optional=True)
+    ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -10,80 +10,77 @@ import sysconfig
 from ctypes import POINTER, Structure, Union, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
-
-Fields = ClassVar[list[tuple[str, Any]]]
 
 
 class Act(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("q", ctypes.c_int8 * 32),
         ("d", c_float),
         ("fine", c_float),
         ("sum", c_float),
         ("half", c_float * 2),
         ("rest", ctypes.c_int8 * 32),
-    ]
+    )
 
 
 class MatrixStruct(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("format", c_int32),
         ("outputs", c_int32),
         ("inputs", c_int32),
         ("data", c_void_p),
-    ]
+    )
 
 
 class KvLayer(Structure):
-    _fields_: Fields = [("type", c_int32), ("keys", c_void_p), ("values", c_void_p)]
+    _fields_ = (("type", c_int32), ("keys", c_void_p), ("values", c_void_p))
 
 
 class Heads(Structure):
-    _fields_: Fields = [("queries", c_int32), ("keys", c_int32), ("dim", c_int32)]
+    _fields_ = (("queries", c_int32), ("keys", c_int32), ("dim", c_int32))
 
 
 class EmbedOp(Structure):
-    _fields_: Fields = [("table", MatrixStruct), ("out", c_void_p)]
+    _fields_ = (("table", MatrixStruct), ("out", c_void_p))
 
 
 class AnglesOp(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("frequencies", c_void_p),
         ("out", c_void_p),
         ("head_dim", c_int32),
         ("magnitude", c_float),
-    ]
+    )
 
 
 class NormOp(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("in_", c_void_p),
         ("weight", c_void_p),
         ("out", c_void_p),
         ("width", c_int32),
         ("eps", c_float),
-    ]
+    )
 
 
 class RowsOp(Structure):
     """QuantiseOp, SiluOp and GatherOp: the same fields."""
 
-    _fields_: Fields = [("in_", c_void_p), ("out", c_void_p), ("width", c_int32)]
+    _fields_ = (("in_", c_void_p), ("out", c_void_p), ("width", c_int32))
 
 
 class MatmulOp(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("matrix", MatrixStruct),
         ("in_", c_void_p),
         ("out", c_void_p),
         ("stride", c_int32),
         ("add", c_int32),
-    ]
+    )
 
 
 class RopeOp(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("qkv", c_void_p),
         ("angles", c_void_p),
         ("bias", c_void_p),
@@ -92,21 +89,21 @@ class RopeOp(Structure):
         ("eps", c_float),
         ("heads", Heads),
         ("cache", KvLayer),
-    ]
+    )
 
 
 class AttentionOp(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("qkv", c_void_p),
         ("out", c_void_p),
         ("heads", Heads),
         ("cache", KvLayer),
         ("window", c_int32),
-    ]
+    )
 
 
 class OpUnion(Union):
-    _fields_: Fields = [
+    _fields_ = (
         ("embed", EmbedOp),
         ("angles", AnglesOp),
         ("norm", NormOp),
@@ -116,18 +113,19 @@ class OpUnion(Union):
         ("rope", RopeOp),
         ("attention", AttentionOp),
         ("gather", RowsOp),
-    ]
+    )
 
 
-OP_KINDS = {name: number for number, (name, _) in enumerate(OpUnion._fields_)}
+OP_STRUCTS = dict(OpUnion._fields_)
+OP_KINDS = {name: number for number, name in enumerate(OP_STRUCTS)}
 
 
 class Op(Structure):
-    _fields_: Fields = [("kind", c_int32), ("wait", c_int32), ("of", OpUnion)]
+    _fields_ = (("kind", c_int32), ("wait", c_int32), ("of", OpUnion))
 
 
 class BatchStruct(Structure):
-    _fields_: Fields = [
+    _fields_ = (
         ("rows", c_int32),
         ("spans", c_int32),
         ("drawn", c_int32),
@@ -135,7 +133,7 @@ class BatchStruct(Structure):
         ("span", c_void_p),
         ("tables", c_void_p),
         ("drawn_rows", c_void_p),
-    ]
+    )
 
 
 def path() -> Path:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kernels import dispatch, library
-from kernels.library import OP_KINDS, BatchStruct, Heads, KvLayer, MatrixStruct, Op
+from kernels.library import OP_KINDS, OP_STRUCTS, BatchStruct, Heads, KvLayer, MatrixStruct, Op
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,8 @@ def row_bytes(kind: str, inputs: int) -> int:
     return inputs // columns * size
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Span:
     """Rows [first, first + count) are one sequence's tokens from position `start` on."""
 
     first: int
@@ -263,7 +264,7 @@ class Program:
 
     def _add(self, kind: str, fields: tuple[Any, ...], *kept: Any, wait: bool = True) -> None:
         op = Op(kind=OP_KINDS[kind], wait=int(wait))
-        setattr(op.of, kind, dict(library.OpUnion._fields_)[kind](*fields))
+        setattr(op.of, kind, OP_STRUCTS[kind](*fields))
         self._ops.append(op)
         self._array = None
         self._kept.append(kept)

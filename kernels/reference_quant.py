@@ -1,0 +1,35 @@
+"""What `fast` mode's numbers mean, in plain torch: quantised activations times quantised weights.
+
+Weights are GGUF's (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K), dequantised by the `gguf` package. Activations
+are rounded to int8 in groups of 32 columns by one rule, in prefill and decode alike. The kernels in
+kernels/cpu compute the same sums in integers; they differ from these functions by float32 rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 32
+OUTLIER = 4.0  # times a row's root mean square
+
+
+def quantised(x: torch.Tensor) -> torch.Tensor:
+    """Each value as the kernels see it. x [T, D], D a multiple of 32 -> [T, D].
+
+    In a group, q = round(x / d) with d = max|x| / 127. Where a group holds an outlier, larger than
+    4 times the row's root mean square, its other values would be coarse, so what is left, x - d·q,
+    is kept as a second int8 in steps of d / 254. (Outliers keep to few columns: Dettmers et al.
+    2022, LLM.int8(), §4.) With SmolLM2-135M a tenth of the groups have one.
+    """
+    groups = x.view(x.shape[0], -1, GROUP)  # [T, D / 32, 32]
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.where(largest > 0, largest / 127, 1.0)
+    coarse = (groups / steps).round() * steps
+    fine = coarse + ((groups - coarse) / (steps / 254)).round() * (steps / 254)
+    limit = OUTLIER * x.square().mean(-1).sqrt()[:, None, None]
+    return torch.where(largest > limit, fine, coarse).flatten(-2)
+
+
+def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """quantised(x [T, D]) · weightᵀ, with dequantised weights [outputs, D] -> [T, outputs]."""
+    return quantised(x) @ weight.t()
