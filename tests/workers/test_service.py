@@ -156,12 +156,17 @@ async def test_a_cancel_frees_and_the_worker_goes_on(worker, make_job):
         assert load.cancel_steps_max <= 1
 
 
-async def test_a_cancel_while_its_words_are_on_the_way_does_not_cut_them(worker, make_job):
+async def test_a_cancel_while_its_words_are_on_the_way_does_not_cut_them(worker, make_job, until):
     """The router reads slowly: the words of a cancelled job are still whole, and others follow."""
-    async with worker() as (router, connection, _):
-        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        for number in range(20):
-            await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 1_000_000)))
+    async with worker(blocks=20_000) as (router, connection, service):
+        await router.hear(connection, Load)
+        link = service._router
+        link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        for number in range(12):
+            await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
+        await until(lambda: len(link._sending._waiters or ()) >= 3)  # more than the kernel takes
+        for number in range(12):
             await connection.send(Cancel(f"{number}", 1))
         await connection.send(Submit(make_job("abc", id="last")))
         while (await router.hear(connection, Accepted)).id != "last":
