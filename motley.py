@@ -22,6 +22,7 @@ logger = logging.getLogger("motley")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, CLUSTER_PORT = 8000, 8100
+MAX_PORT = 65535
 
 SERVE_EXAMPLES = """\
 MODEL is a known name (smollm2), a GGUF file, a folder of safetensors, or a Hugging Face repository
@@ -199,7 +200,7 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mixed", type=_count, default=0, metavar="N", help="default 0")
     command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
     command.add_argument(
-        "--port", type=_count, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
+        "--port", type=_port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
     )
     command.add_argument(
         "--cluster",
@@ -248,11 +249,18 @@ def _count(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    number = _count(text)
+    if number > MAX_PORT:  # the system would take its lower 16 bits
+        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at {MAX_PORT}")
+    return number
+
+
 def _address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 192.0.2.7:8100")
-    return Address(host.strip("[]"), int(port))
+    return Address(host.strip("[]"), _port(port))
 
 
 if __name__ == "__main__":
