@@ -289,3 +289,18 @@ def test_the_last_attempt_of_one_choice_ends_the_others_too():
     *cancels, end = generation.worker_lost("n")
     assert cancels == [Send("o", Cancel("r", 3))]
     assert isinstance(end.error, Unavailable)
+
+
+def test_the_last_attempt_of_one_choice_ends_others_that_the_same_loss_has_hit():
+    generation = accepted(0, 1, route=WHOLE)
+    generation.output(out(1, 0))
+    generation.worker_lost("m")
+    for epoch in (2, 4, 5):  # choice 0 has its fifth attempt, epoch 6, before ...
+        generation.failed("n", failure(epoch))
+    generation.failed("n", failure(3))  # ... choice 1 has its third, epoch 7
+    generation.routed(6, Route("n"))
+    generation.routed(7, Route("n"))
+    *cancels, end = generation.worker_lost("n")
+    assert cancels == [Send("n", Cancel("r", 7))]
+    assert isinstance(end.error, Unavailable)
+    generation.check_integrity()
