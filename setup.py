@@ -26,7 +26,10 @@ FLAGS = [
     "-Wextra",
     "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own AVX-512 header
 ]
+ARM = {"neon": [], "dotprod": ["-march=armv8.2-a+dotprod"]}
 INSTRUCTION_SETS = {
+    "aarch64": ARM,
+    "arm64": ARM,
     "x86_64": {
         "avx512": [
             *("-mavx2", "-mfma", "-mf16c"),

@@ -39,7 +39,7 @@ extern const Kernels avx512_kernels;
 extern const Kernels avx2_kernels;
 #endif
 #ifdef MOTLEY_NEON
-extern const Kernels neon_kernels;
+extern const Kernels neon_kernels, dotprod_kernels;
 #endif
 extern const Kernels generic_kernels;
 

@@ -15,6 +15,10 @@
 #include <vector>
 
 #include "kernels.h"
+#if defined(MOTLEY_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 using namespace motley;
 
@@ -162,6 +166,12 @@ std::vector<const Kernels*> available() {
     found.push_back(&avx2_kernels);
 #endif
 #ifdef MOTLEY_NEON
+#ifdef __linux__
+  const bool dot_products = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  const bool dot_products = true;  // other systems for 64-bit Arm need newer processors
+#endif
+  if (dot_products) found.push_back(&dotprod_kernels);
   found.push_back(&neon_kernels);
 #endif
   found.push_back(&generic_kernels);

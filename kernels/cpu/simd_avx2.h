@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-namespace motley::avx2 {
+namespace motley::ISA {
 
 constexpr int kLanes = 8;
 constexpr int kTileRows = 4;
@@ -55,7 +55,6 @@ inline float top(F a) {
 inline I zero_int() { return _mm256_setzero_si256(); }
 inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 inline int sum(I a) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
@@ -110,4 +109,4 @@ inline I dot(const B* w, const int8_t* a) {
   return total;
 }
 
-}  // namespace motley::avx2
+}  // namespace motley::ISA

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-namespace motley::avx512 {
+namespace motley::ISA {
 
 constexpr int kLanes = 16;
 constexpr int kTileRows = 16;  // activation rows that share one decoding of the weights
@@ -46,7 +46,6 @@ inline float top(F a) { return _mm512_reduce_max_ps(a); }
 inline I zero_int() { return _mm512_setzero_si512(); }
 inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline int sum(I a) { return _mm512_reduce_add_epi32(a); }
 // 2^n for n in -126 .. 127.
 inline F power(I n) {
@@ -87,4 +86,4 @@ inline I dot(const B* w, const int8_t* a) {
   return _mm512_add_epi32(even, odd);
 }
 
-}  // namespace motley::avx512
+}  // namespace motley::ISA

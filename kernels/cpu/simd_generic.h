@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-namespace motley::generic {
+namespace motley::ISA {
 
 constexpr int kLanes = 4;
 constexpr int kTileRows = 4;
@@ -48,7 +48,6 @@ inline I to_int(F a) {
   return I{int(lrintf(a[0])), int(lrintf(a[1])), int(lrintf(a[2])), int(lrintf(a[3]))};
 }
 inline F to_float(I a) { return __builtin_convertvector(a, F); }
-inline I add(I a, I b) { return a + b; }
 inline int sum(I a) { return a[0] + a[1] + a[2] + a[3]; }
 // 2^n for n in -126 .. 127.
 inline F power(I n) { return (F)((n + 127) << 23); }
@@ -88,4 +87,4 @@ inline I dot(const B* w, const int8_t* a) {
   return total;
 }
 
-}  // namespace motley::generic
+}  // namespace motley::ISA
