@@ -78,7 +78,8 @@ def _csv(report: Report, outcomes: list[Outcome], path: Path) -> None:
             for outcome in outcomes:
                 group = report.spec.classes[outcome.group]
                 writer.writerow(
-                    [getattr(outcome, name) for name in (*fields, *_CSV_DERIVED)]
+                    [getattr(outcome, name) for name in fields]
+                    + [getattr(outcome, name) if outcome.ok else "" for name in _CSV_DERIVED]
                     + [group.name, int(group.slo.met(outcome))]
                 )
     except OSError as error:

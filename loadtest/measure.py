@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,6 +32,7 @@ class Run(msgspec.Struct):
     workload: Workload
     outcomes: list[Outcome]
     parts: list[Part]
+    began: float  # Unix seconds of the schedule's start
 
 
 class Measurement:
@@ -65,7 +66,8 @@ class Measurement:
                 for process in processes:
                     await _end(process)
         ordered = sorted(self.outcomes, key=lambda outcome: outcome.scheduled)
-        return Run(self.spec, self.workload, ordered, list(parts))
+        began = time() - (monotonic() - self.start)
+        return Run(self.spec, self.workload, ordered, list(parts), began)
 
     def _begin(self, lead: float) -> None:
         self.start = monotonic() + lead

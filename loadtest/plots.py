@@ -95,6 +95,7 @@ def chart(
     xs = [at for one in series for at, _ in one.points if at > 0 or not x_log]
     if not xs:
         return ""
+    xs += [mark.x for mark in marks if mark.x is not None]  # a limit far off says much, too
     ys = [value for one in series for _, value in one.points]
     low, high = y_range or (0.0, max(ys) * 1.05 or 1.0)
     inner = (_LEFT, _WIDTH - _RIGHT)
@@ -146,14 +147,14 @@ def _line(one: Series, x: Axis, y: Axis) -> str:
 
 def _grid_x(tick: float, axis: Axis) -> str:
     at = axis(tick)
-    return f'<path class=grid d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>' + _text(
+    return f'<path class="grid" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>' + _text(
         at, _HEIGHT - _BOTTOM + 15, axis.label(tick), "middle", "tick"
     )
 
 
 def _grid_y(tick: float, axis: Axis) -> str:
     at = axis(tick)
-    return f'<path class=grid d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>' + _text(
+    return f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>' + _text(
         _LEFT - 6, at + 4, axis.label(tick), "end", "tick"
     )
 
@@ -163,12 +164,12 @@ def _mark(mark: Mark, x: Axis, y: Axis) -> str:
         at = x(mark.x)
         side = "end" if at > _WIDTH * 0.7 else "start"
         shift = -5 if side == "end" else 5
-        return f'<path class=mark d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>' + _text(
+        return f'<path class="mark" d="M{at:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>' + _text(
             at + shift, _HEIGHT - _BOTTOM - 8, mark.name, side, "mark-text"
         )
     if mark.y is not None and y.low <= mark.y <= y.high:
         at = y(mark.y)
-        return f'<path class=mark d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>' + _text(
+        return f'<path class="mark" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>' + _text(
             _LEFT + 6, at - 5, mark.name, "start", "mark-text"
         )
     return ""
@@ -177,7 +178,7 @@ def _mark(mark: Mark, x: Axis, y: Axis) -> str:
 def _band(band: Band, axis: Axis) -> str:
     begin, end = axis(band.begin), axis(band.end)
     return (
-        f'<rect class=band x="{begin:.1f}" y="{_TOP}" width="{max(1, end - begin):.1f}" '
+        f'<rect class="band" x="{begin:.1f}" y="{_TOP}" width="{max(1, end - begin):.1f}" '
         f'height="{_HEIGHT - _BOTTOM - _TOP}"/>'
     )
 

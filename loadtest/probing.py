@@ -196,7 +196,7 @@ class _Judge:
         if not self._trials:
             raise LoadtestError(f"at {rate:g} requests/s no request was due: give it more time")
         judged = run.outcomes[: self._judged]
-        run = Run(run.spec, run.workload, judged, run.parts)
+        run = Run(run.spec, run.workload, judged, run.parts, run.began)
         classes = run.spec.classes
         scales = [
             (scale, sum(classes[o.group].slo.met(o, scale) for o in judged) / (len(judged) or 1))

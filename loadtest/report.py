@@ -144,7 +144,9 @@ def build(
     latencies |= {name: _of_histogram(histograms[name]) for name in ("itl_chunk", "itl_token")}
     cut = 0 if faults else warmup_length([outcome.ttft for outcome in answered])
     return Report(
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        started=datetime.datetime.fromtimestamp(run.began, datetime.UTC).isoformat(
+            timespec="seconds"
+        ),
         load=spec.load(),
         spec=_without_secrets(spec),
         checks=check(run),

@@ -237,7 +237,7 @@ def _errors(report: Report) -> str:
 def _checks(report: Report) -> str:
     return frame.facts(
         "May this run be believed?",
-        [("held" if check.ok else "BROKEN", check_text(check)) for check in report.checks],
+        [("✓ held" if check.ok else "✗ BROKEN", check_text(check)) for check in report.checks],
     )
 
 
@@ -279,8 +279,8 @@ def _conditions(report: Report) -> str:
 
 
 def _cdf(histogram: Histogram) -> list[tuple[float, float]]:
-    """From 0 on, without the lowest thousandth, which would only stretch the axis."""
-    points = [point for point in histogram.cdf() if point[1] > 0.001]
+    """From 0 on, without the lowest hundredth, which would only stretch the axis."""
+    points = [point for point in histogram.cdf() if point[1] > 0.01]
     return [(points[0][0] * 0.9, 0.0), *points] if points else []
 
 

@@ -14,6 +14,7 @@ from loadtest.histogram import Histogram
 from loadtest.measure import Run
 from loadtest.outcome import Outcome
 from loadtest.report import build
+from loadtest.report_html import page
 from loadtest.run import Part
 from loadtest.slo import Slo, SloClass
 from loadtest.spec import Spec
@@ -54,7 +55,7 @@ def report_of(seed: int, *, slower: float = 1.0, lag: float = 0.0, cpu: float = 
     gaps = Gaps(Histogram({}), Histogram({}))
     gaps.chunk.add(0.01, 6000)
     gaps.token.add(0.01, 6000)
-    return build(Run(spec, Workload(spec), outcomes, [Part(cpu, 4.0, 50_000_000, gaps)]), 3.6)
+    return build(Run(spec, Workload(spec), outcomes, [Part(cpu, 4.0, 50_000_000, gaps)], 0.0), 3.6)
 
 
 def test_two_runs_of_the_same_are_the_same_and_a_slower_one_is_worse():
@@ -149,6 +150,14 @@ def test_the_slo_scale_sweep_ascends_through_the_attainment():
     shares = [share for _, share in report.scales]
     assert shares == sorted(shares)
     assert dict(report.scales)[1.0] == report.share
+
+
+def test_the_page_of_a_run_is_whole_and_needs_nothing_else(checked):
+    html = page(report_of(1))
+    assert checked(html).tags.count("svg") == 6
+    assert all(word in html for word in ("VALID", "SLO MET", "TTFT SLO", "per million output"))
+    invalid = page(report_of(1, lag=0.1, classes=[SloClass("a", Slo(ttft=0.01))]))
+    assert all(word in invalid for word in ("INVALID", "SLO MISSED", "Do not use these figures"))
 
 
 def test_the_timeline_holds_every_request():

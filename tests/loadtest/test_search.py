@@ -111,7 +111,7 @@ def spec_of(port: int, slo: str) -> Spec:
 
 
 @pytest.mark.asyncio
-async def test_a_search_finds_a_real_servers_knee_and_leaves_it_idle():
+async def test_a_search_finds_a_real_servers_knee_and_leaves_it_idle(checked):
     """Two slots of 20 ms saturate at 100/s; the bounds are wide, since tests share their cores."""
     async with Server(Behaviour(ttft=0.02, itl=0, slots=2)) as server:
         bounds = Bounds(least=60, most=150, seconds=2, tolerance=0.5)
@@ -123,7 +123,9 @@ async def test_a_search_finds_a_real_servers_knee_and_leaves_it_idle():
     assert report.held < report.failed
     first = report.measured[0]
     assert [scale for scale, _ in first.scales] == sorted(scale for scale, _ in first.scales)
-    assert "highest rate" in page(report)
+    html = page(report)
+    assert checked(html).tags.count("svg") == 2
+    assert "highest rate" in html
 
 
 @pytest.mark.asyncio
