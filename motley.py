@@ -123,14 +123,15 @@ def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
     from workers.build import EngineOptions
 
     bound = options.itl_bound_ms / 1000 if options.itl_bound_ms else None
-    return EngineOptions(options.kv_tokens, threads, bound)
+    return EngineOptions(options.kv_tokens, threads, bound, options.speculate)
 
 
 def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
     """What `motley serve` was told about each worker's engine, as arguments of `motley worker`."""
     bound = ("--itl-bound-ms", str(options.itl_bound_ms)) if options.itl_bound_ms else ()
+    speculate = () if options.speculate else ("--no-speculation",)
     verbose = ("--verbose",) if options.verbose else ()
-    return ("--kv-tokens", str(options.kv_tokens), *bound, *verbose)
+    return ("--kv-tokens", str(options.kv_tokens), *bound, *speculate, *verbose)
 
 
 def _secret(options: argparse.Namespace) -> None:
@@ -233,6 +234,12 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         default=16384,
         metavar="N",
         help="tokens of KV cache of a worker (default 16384)",
+    )
+    command.add_argument(
+        "--no-speculation",
+        dest="speculate",
+        action="store_false",
+        help="never guess tokens ahead (the output is the same)",
     )
     command.add_argument(
         "--itl-bound-ms",

@@ -42,6 +42,7 @@ class Sequence:
     forks: tuple[int, ...] = ()  # further choices that start from this prompt's KV
     hold: bool = False  # after the first token, keep the KV for a push
     awaits_kv: bool = False  # admitted only to hold blocks, until `resume`
+    draft: TokenIds = field(default_factory=list)  # what may follow, to be verified in one pass
     read: bool = False  # something is read off its prompt's rows, so cached blocks do not help
 
     @property
@@ -65,11 +66,22 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Tokens [start, end) of a sequence, computed in one step."""
+    """Tokens [start, end) of a sequence, computed in one step, and a draft of those after them."""
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> TokenIds:
+        """What is computed: one row of the model each."""
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
+
+    @property
+    def draws(self) -> int:
+        """Tokens drawn after this slice: one a choice, or one a position of a draft and its end."""
+        return len(self.choices) + len(self.draft)
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -89,6 +101,10 @@ class Step:
     @property
     def decodes(self) -> int:
         return sum(1 for piece in self.slices if piece.end - piece.start == 1)
+
+    @property
+    def drafted(self) -> int:
+        return sum(len(piece.draft) for piece in self.slices)
 
     @property
     def prompt_tokens(self) -> int:
@@ -177,6 +193,12 @@ class Batcher:
             sequence.computed = piece.end
             self._name(sequence, piece.start // BLOCK_TOKENS)
 
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """So many tokens of its draft were right, and have been appended: their KV stays."""
+        first = sequence.computed // BLOCK_TOKENS
+        sequence.computed += count
+        self._name(sequence, first)
+
     def check_integrity(self) -> None:
         """No block is lost: what is not free belongs to a sequence that we know."""
         self.pool.check_integrity()
@@ -193,8 +215,18 @@ class Batcher:
             if len(slices) == self.max_step_tokens:
                 break
             if self._grow(sequence):
-                slices.append(Slice(sequence, sequence.computed, len(sequence.tokens)))
+                draft = tuple(self._room(sequence))
+                slices.append(Slice(sequence, sequence.computed, len(sequence.tokens), draft))
         return slices
+
+    def _room(self, sequence: Sequence) -> TokenIds:
+        """Its draft, with blocks for it; nobody is preempted for a guess."""
+        draft, sequence.draft = sequence.draft, []
+        needed = blocks_for(len(sequence.tokens) + len(draft)) - len(sequence.blocks)
+        if needed > self.pool.free:
+            return []
+        sequence.blocks += self.pool.allocate(max(0, needed))
+        return draft
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give the sequence a block for its newest token; False if it was itself preempted."""
@@ -204,7 +236,7 @@ class Batcher:
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(needed)
+        sequence.blocks += self.pool.allocate(max(0, needed))  # a draft may have left some over
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -107,6 +107,8 @@ class Load(Wire, frozen=True):
     preempted: int
     kv_bytes_sent: int
     kv_bytes_received: int
+    drafted: int = 0  # tokens guessed by speculation
+    drafts_accepted: int = 0  # of those, the right ones
 
 
 class Accepted(Wire, frozen=True):

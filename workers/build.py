@@ -42,6 +42,7 @@ class EngineOptions:
     kv_tokens: int
     threads: int
     itl_bound_s: float | None = None  # a step beside decodes should not take longer
+    speculate: bool = True
     max_step_tokens: int = 512
     max_sequences: int = 64
 
@@ -75,7 +76,8 @@ def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
     if _kind(model.location) == "fake":
         fake = parse_options(model.location.partition(":")[2])
         runner = FakeRunner(batcher.pool.size, fake)
-        return Engine(runner, FakeText(fake.context), batcher), runner.rates()
+        text = FakeText(fake.context)
+        return Engine(runner, text, batcher, speculate=options.speculate), runner.rates()
     return _native(model, options, batcher)
 
 
@@ -104,7 +106,7 @@ def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Eng
         rates.prefill_tokens_per_s,
         1000 * rates.decode_s_per_token,
     )
-    return Engine(runner, text, batcher), rates
+    return Engine(runner, text, batcher, speculate=options.speculate), rates
 
 
 @contextmanager

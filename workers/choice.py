@@ -40,6 +40,11 @@ class Choice:
         """What its grammar allows next; None: anything. Raises BadRequest."""
         return self._matcher.allowed() if self._matcher else None
 
+    @property
+    def draftable(self) -> bool:
+        """A grammar's masks depend on each token before them: it takes them one by one."""
+        return self._matcher is None
+
     def repeat(self, prompt: TokenIds) -> None:
         """The first output shall bring the prompt along."""
         self._repeats = prompt

@@ -17,6 +17,7 @@ from scheduler.messages import FirstToken, Output
 from workers.choice import Choice
 from workers.runner import Wishes
 from workers.sampling import check
+from workers.speculate import Speculator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class StepResult:
     granted: dict[Key, Sequence] = field(default_factory=dict)
     held: dict[Key, Held] = field(default_factory=dict)
     refused: dict[Key, BadRequest] = field(default_factory=dict)  # cannot go on: to be cancelled
+    accepted: int = 0  # draft tokens that were right
     idle: bool = False  # nothing could be done: wait for an event before the next step
 
 
@@ -56,6 +58,8 @@ class Engine:
         text: Tokens,
         batcher: Batcher,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        speculate: bool = True,
     ) -> None:
         self.runner = runner
         self.text = text
@@ -63,6 +67,7 @@ class Engine:
         self._clock = clock
         self.steps = 0
         self.tokens = 0
+        self.speculator = Speculator() if speculate else None
         self._choices: dict[Sequence, Choice] = {}
         self._jobs: dict[Key, list[Sequence]] = {}
 
@@ -148,29 +153,43 @@ class Engine:
         """Free all that a job holds. False if it held nothing."""
         sequences = self._jobs.pop(key, [])
         for sequence in sequences:
-            self._choices.pop(sequence, None)
-            self.batcher.remove(sequence)
+            self._forget(sequence)
         return bool(sequences)
 
     def step(self) -> StepResult:
         """Run one step: at most `max_step_tokens` tokens of any number of sequences."""
+        if self.speculator:
+            self.speculator.propose(self._draftable())
         plan = self.batcher.next_step()
         result = StepResult(idle=not plan.slices and not plan.granted)
+        start = self._clock()
         drawn = iter(self._run(plan, result) if plan.slices else ())
+        seconds = self._clock() - start
         self.batcher.advance(plan)
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
         for piece in plan.slices:
-            self._give(piece, list(islice(drawn, len(piece.choices))), result)
-        self.steps += bool(plan.slices)
-        self.tokens += len(result.outputs)
+            give = self._verify if piece.draft else self._give
+            give(piece, list(islice(drawn, piece.draws)), result)
+        if plan.slices:
+            self._learn(plan, result, seconds)
         return result
 
     def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
-        start = self._clock()
-        drawn = self.runner.run(plan.slices, self._wishes(plan, result))
-        self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, self._clock() - start)
-        return drawn
+        return self.runner.run(plan.slices, self._wishes(plan, result))
+
+    def _draftable(self) -> list[Sequence]:
+        """The sequences that will decode, and may do so several tokens at a time."""
+        running = self.batcher.running
+        return [s for s in running if s.remaining == 1 and self._choices[s].draftable]
+
+    def _learn(self, plan: Step, result: StepResult, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += len(result.outputs)
+        if not plan.drafted:
+            self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, seconds)
+        if self.speculator:
+            self.speculator.learn(plan, result.accepted, seconds)
 
     def _wishes(self, plan: Step, result: StepResult) -> Wishes:
         readings: dict[Sequence, Reading] = {}
@@ -232,6 +251,23 @@ class Engine:
                 if output.finish:
                     self._finish(sequence)
 
+    def _verify(self, piece: Slice, drawn: list[Sampled], result: StepResult) -> None:
+        """Append the draws as far as the draft before each is right: one at least."""
+        sequence, right = piece.sequence, 0
+        for expected, sampled in zip((*piece.draft, None), drawn, strict=True):
+            output = self._append(sequence, sampled)
+            result.outputs.append(output)
+            if output.finish or sampled.token != expected:
+                break
+            right += 1
+        assert self.speculator, "a draft has an author"
+        self.speculator.verified(sequence, len(piece.draft), right)
+        result.accepted += right
+        if output.finish:
+            self._finish(sequence)
+        else:
+            self.batcher.accept(sequence, right)
+
     def _branch(self, parent: Sequence) -> Iterator[Sequence]:
         """The prompt is computed: its further choices become sequences of their own."""
         prompt = parent.tokens[: parent.prompt_len]
@@ -260,10 +296,16 @@ class Engine:
         sequence.read = False
         return output
 
+    def _forget(self, sequence: Sequence) -> None:
+        """Everything that is known of it but its place among its job's sequences."""
+        self._choices.pop(sequence, None)
+        if self.speculator:
+            self.speculator.forget(sequence)
+        self.batcher.remove(sequence)
+
     def _finish(self, sequence: Sequence) -> None:
         key = (sequence.job.id, sequence.job.epoch)
-        self._choices.pop(sequence)
-        self.batcher.remove(sequence)
+        self._forget(sequence)
         self._jobs[key].remove(sequence)
         if not self._jobs[key]:
             del self._jobs[key]

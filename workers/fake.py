@@ -12,7 +12,7 @@ import hashlib
 import time
 import zlib
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -25,6 +25,8 @@ from workers.runner import NO_WISHES, Sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
 
     from scheduler import batching
     from scheduler.batching import Slice
@@ -58,6 +60,7 @@ class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # time of one step
     prefill_tps: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # prompt tokens a second; 0: no time
     context: Annotated[int, msgspec.Meta(ge=1)] = SHAPE.context_length
+    parrot: bool = False  # say the prompt again and again: what drafts are right about
 
 
 def parse_options(text: str) -> FakeOptions:
@@ -169,9 +172,9 @@ class FakeRunner:
             if reading := wishes.readings.get(piece.sequence):
                 reading.take(piece.start, _scores(piece, reading.top))
         return [
-            self._draw(s.sequence, choice, wishes.masks.get(s.sequence))
-            for s in slices
-            for choice in s.choices
+            self._draw(piece.sequence, choice, drafted, wishes.masks.get(piece.sequence))
+            for piece in slices
+            for choice, drafted in _wanted(piece)
         ]
 
     def rates(self) -> Rates:
@@ -180,23 +183,26 @@ class FakeRunner:
         return Rates(self._options.prefill_tps or 1e6, step or 1e-4)
 
     def _write(self, piece: Slice) -> None:
-        positions = np.arange(piece.start, piece.end)
-        tokens = piece.sequence.tokens[piece.start : piece.end]
+        tokens = piece.tokens
+        positions = np.arange(piece.start, piece.start + len(tokens))
         blocks = np.asarray(piece.sequence.blocks)[positions // BLOCK_TOKENS]
         for layer in range(SHAPE.layers):
             self.cache.data[layer, :, blocks, positions % BLOCK_TOKENS, 0, 0] = np.asarray(
                 tokens, np.float32
             )[:, None]
 
-    def _draw(self, sequence: batching.Sequence, choice: int, allowed: Mask | None) -> Sampled:
-        sampling, position = sequence.job.sampling, sequence.position
+    def _draw(
+        self, sequence: batching.Sequence, choice: int, drafted: int, allowed: Mask | None
+    ) -> Sampled:
+        sampling, position = sequence.job.sampling, sequence.position + drafted
         ends = position >= self._options.tokens and not sequence.job.limits.ignore_eos
         if ends and allowed is None:
             return Sampled(EOS)
-        count = len(sequence.tokens)
-        seen = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
-        blocks = np.asarray(sequence.blocks)[seen // BLOCK_TOKENS]
-        kv = self.cache.data[:, :, blocks, seen % BLOCK_TOKENS]
+        count = len(sequence.tokens) + drafted
+        if self._options.parrot:
+            kv = self._kv(sequence, np.array([position % sequence.prompt_len]))
+            return Sampled(int(kv[0, 0, 0].item()), -0.5, _top(sampling.logprobs or 0))
+        kv = self._kv(sequence, np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int))
         context = zlib.crc32(np.ascontiguousarray(kv).data)
         noise = (context, count, sampling.seed, sequence.job.prompt_index, choice, position)
         digest = hashlib.blake2b(repr(noise).encode(), digest_size=1).digest()[0]
@@ -204,6 +210,17 @@ class FakeRunner:
         if allowed is not None:
             token = _follow(allowed, token, ends)
         return Sampled(token, -0.5, _top(sampling.logprobs or 0))
+
+    def _kv(self, sequence: batching.Sequence, positions: npt.NDArray[np.int64]) -> Any:
+        """What the cache holds at these positions: [layers, 2, positions, 1, 1]."""
+        blocks = np.asarray(sequence.blocks)[positions // BLOCK_TOKENS]
+        return self.cache.data[:, :, blocks, positions % BLOCK_TOKENS]
+
+
+def _wanted(piece: Slice) -> list[tuple[int, int]]:
+    """The slice's draws: choice, and how many tokens of the draft come before it."""
+    drafts = range(1, len(piece.draft) + 1)
+    return [(choice, 0) for choice in piece.choices] + [(piece.sequence.choice, n) for n in drafts]
 
 
 def _scores(piece: Slice, top: int) -> list[Sampled]:

@@ -37,7 +37,7 @@ class NativeRunner:
         self._cache = torch.from_numpy(self.cache.data)  # the same memory
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
-        """One Sampled for each choice of each slice, in that order (see Slice.choices)."""
+        """See Runner.run."""
         batch = make_batch(slices)
         hidden = self.model.hidden(batch, self._cache)
         if wishes.readings:
@@ -53,17 +53,18 @@ def make_batch(slices: Sequence[Slice]) -> Batch:
     newest: list[tuple[int, Slice]] = []  # row and slice of each single token
     for piece in slices:
         first = len(tokens)
-        table = torch.tensor(piece.sequence.blocks[: blocks_for(piece.end)])
-        place = torch.arange(piece.start, piece.end)
-        tokens += piece.sequence.tokens[piece.start : piece.end]
+        end = piece.end + len(piece.draft)
+        table = torch.tensor(piece.sequence.blocks[: blocks_for(end)])
+        place = torch.arange(piece.start, end)
+        tokens += piece.tokens
         positions.append(place)
         slots.append(table[place // BLOCK_TOKENS] * BLOCK_TOKENS + place % BLOCK_TOKENS)
-        if piece.end - piece.start == 1:
+        if end - piece.start == 1:
             newest.append((first, piece))
         else:
             prefills.append(Prefill(first, len(tokens), piece.start, table))
         if piece.choices:
-            drawn.append(len(tokens) - 1)
+            drawn += range(len(tokens) - 1 - len(piece.draft), len(tokens))
     return Batch(
         tokens=torch.tensor(tokens),
         positions=torch.cat(positions),
@@ -77,22 +78,31 @@ def make_batch(slices: Sequence[Slice]) -> Batch:
 def make_draws(
     slices: Sequence[Slice], masks: Mapping[batching.Sequence, Mask] = NO_WISHES.masks
 ) -> list[Draw]:
-    """The draws of each slice's choices; those of one slice share its row of logits and its mask:
-    before its first token every choice is at the start of the grammar."""
-    drawing = [piece for piece in slices if piece.choices]
-    return [
-        Draw(
-            row=row,
-            sampling=piece.sequence.job.sampling,
-            prompt_index=piece.sequence.job.prompt_index,
-            choice=choice,
-            tokens=piece.sequence.tokens,
-            prompt_len=piece.sequence.prompt_len,
-            allowed=masks.get(piece.sequence),
-        )
-        for row, piece in enumerate(drawing)
-        for choice in piece.choices
-    ]
+    """The draws of each slice; those of its choices share a row of logits."""
+    draws: list[Draw] = []
+    row = 0
+    for piece in slices:
+        if piece.choices:
+            mask, own = masks.get(piece.sequence), piece.sequence.choice
+            draws += [_draw(piece, row, choice, 0, mask) for choice in piece.choices]
+            drafted = range(1, len(piece.draft) + 1)
+            draws += [_draw(piece, row + count, own, count, mask) for count in drafted]
+            row += 1 + len(piece.draft)
+    return draws
+
+
+def _draw(piece: Slice, row: int, choice: int, drafted: int, allowed: Mask | None) -> Draw:
+    """The draw after so many tokens of the draft."""
+    sequence = piece.sequence
+    return Draw(
+        row=row,
+        sampling=sequence.job.sampling,
+        prompt_index=sequence.job.prompt_index,
+        choice=choice,
+        tokens=[*sequence.tokens, *piece.draft[:drafted]] if drafted else sequence.tokens,
+        prompt_len=sequence.prompt_len,
+        allowed=allowed,
+    )
 
 
 def _decodes(newest: list[tuple[int, Slice]]) -> Iterator[Decode]:

@@ -36,7 +36,7 @@ def read(
             targets = piece.sequence.tokens[piece.start + 1 : end]
             rows = hidden[row : row + len(targets)]
             reading.take(piece.start, score(rows, logits, targets, reading.top))
-        row += piece.end - piece.start
+        row += len(piece.tokens)
 
 
 @torch.inference_mode()

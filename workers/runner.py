@@ -53,5 +53,8 @@ class Runner(Protocol):
     vocab: int  # V: token ids are 0 to V - 1
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
-        """One Sampled for each choice of each slice, in that order (see Slice.choices)."""
+        """The draws of each slice, in order: one a choice, then one after each draft token.
+
+        Each is drawn as if the draft before it were right (see Slice.draws).
+        """
         ...

@@ -183,6 +183,8 @@ class WorkerService:
             preempted=batcher.preempted,
             kv_bytes_sent=self._sender.bytes_sent,
             kv_bytes_received=self._receiver.bytes_received,
+            drafted=engine.speculator.drafted if engine.speculator else 0,
+            drafts_accepted=engine.speculator.accepted if engine.speculator else 0,
         )
 
     async def _drain(self) -> None:
