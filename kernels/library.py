@@ -102,6 +102,10 @@ class AttentionOp(Structure):
     )
 
 
+class SumOp(Structure):
+    _fields_ = (("in_", c_void_p), ("out", c_void_p), ("count", c_int64))
+
+
 class OpUnion(Union):
     _fields_ = (
         ("embed", EmbedOp),
@@ -113,6 +117,7 @@ class OpUnion(Union):
         ("rope", RopeOp),
         ("attention", AttentionOp),
         ("gather", RowsOp),
+        ("sum", SumOp),
     )
 
 

@@ -232,6 +232,12 @@ class Program:
         """out [n, D] = the drawn rows of x [T, D]; what follows works on n rows."""
         self._add("gather", (x.pointer, out.pointer, x.width), x, out)
 
+    def sum(self, values: Array, out: Array) -> None:
+        """out = sums of `values`, float32 each, 2^18 at a time: the fastest reading of memory."""
+        if values.size != out.size << 18:
+            raise ValueError(f"{out.size} sums of {values.size} values; each is of 2^18")
+        self._add("sum", (values.ctypes.data, out.ctypes.data, values.size), values, out)
+
     def run(self, tokens: Sequence[int], spans: Sequence[Span], drawn: Sequence[int]) -> None:
         """Run everything for one step's tokens; every row is in exactly one span.
 

@@ -24,6 +24,7 @@ int units(const Op& op, const Step& step, int rows) {
   switch (op.kind) {
     case kMatmul: return matmul_units(op.matmul, rows);
     case kAttention: return step.tile_count * op.attention.heads.keys;
+    case kSum: return int(op.sum.count / kSummed);
     default: return rows;
   }
 }
@@ -39,6 +40,7 @@ void run(const Op& op, const Step& step, int rows, int first, int last, float* m
       case kRope: rope_row(op.rope, step, unit); break;
       case kAttention: attention(op.attention, step, unit, memory); break;
       case kGather: gather_row(op.gather, step, unit); break;
+      case kSum: sum_part(op.sum, unit); break;
     }
 }
 

@@ -70,8 +70,11 @@ struct AttentionOp { const float* qkv; float* out; Heads heads; KvLayer cache; i
 // out [n, width] = the drawn rows of in; the operations that follow work on n rows.
 struct GatherOp { const float* in; float* out; int32_t width; };
 
+// out [count / 2^18] = sums of 2^18 floats of `in` each: reads memory as fast as it can be read.
+struct SumOp { const float* in; float* out; int64_t count; };
+
 enum OpKind : int32_t {
-  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather
+  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather, kSum
 };
 
 struct Op {
@@ -80,6 +83,7 @@ struct Op {
   union {
     EmbedOp embed; AnglesOp angles; NormOp norm; QuantiseOp quantise; SiluOp silu;
     MatmulOp matmul; RopeOp rope; AttentionOp attention; GatherOp gather;
+    SumOp sum;
   };
 };
 

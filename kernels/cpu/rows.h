@@ -155,4 +155,17 @@ inline void rope_row(const RopeOp& op, const Step& step, int row) {
   store_cache(op.cache.type, op.cache.values, at, x + (queries + keys) * dim, keys * dim);
 }
 
+constexpr int64_t kSummed = 1 << 18;
+
+inline void sum_part(const SumOp& op, int unit) {
+  constexpr int chains = 8;  // additions that do not wait for each other
+  const float* in = op.in + unit * kSummed;
+  F totals[chains];
+  for (F& total : totals) total = zero();
+  for (int64_t i = 0; i < kSummed; i += chains * kLanes)
+    for (int c = 0; c < chains; ++c) totals[c] = add(totals[c], load(in + i + c * kLanes));
+  op.out[unit] = 0;
+  for (const F& total : totals) op.out[unit] += sum(total);
+}
+
 }  // namespace motley::ISA

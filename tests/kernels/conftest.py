@@ -20,10 +20,11 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="session", params=["avx512", "avx2", "neon", "generic"])
+@pytest.fixture(scope="session", params=dispatch.instruction_sets() or [None])
 def instruction_set(request):
-    if request.param not in dispatch.instruction_sets():
-        pytest.skip(f"this machine or its compiler has no {request.param}")
+    """Every one that this machine has."""
+    if request.param is None:
+        pytest.skip("the kernels' library is not built: there was no C++ compiler")
     return request.param
 
 

@@ -201,3 +201,15 @@ def test_great_scores_do_not_overflow(pool, run):
     table = torch.tensor([1, 2, 3, 4, 5, 6])
     expected = reference.prefill_attention(q, keys, values, table, 90)
     assert np.allclose(out, expected.flatten(1), atol=1e-5)
+
+
+def test_sum(pool, run):
+    values, sums = np.ones(3 << 18, np.float32), np.full(3, np.nan, np.float32)
+    values[-1] = 5
+    run(pool, 1, lambda program: program.sum(values, sums))
+    assert sums.tolist() == [1 << 18, 1 << 18, (1 << 18) + 4]
+
+
+def test_sums_of_parts_of_another_size_are_refused(pool, run):
+    with pytest.raises(ValueError, match="each is of"):
+        run(pool, 1, lambda program: program.sum(np.ones(9, np.float32), np.ones(1, np.float32)))

@@ -14,6 +14,11 @@ import pytest
 from kernels import dispatch, library
 from kernels.program import Pool, Program, QkvExtras, Span
 
+pytestmark = pytest.mark.skipif(
+    not dispatch.instruction_sets(),
+    reason="the kernels' library is not built: there was no C++ compiler",
+)
+
 
 def long_program(pool, matrix):
     """400 dependent steps, each of several parts: threads that overtake would change the end."""
