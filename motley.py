@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -217,7 +218,7 @@ def _worker_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--join", type=_address, required=True, metavar="HOST:PORT")
     command.add_argument("--role", choices=[str(role) for role in Role], default="mixed")
-    command.add_argument("--name", default=f"{os.uname().nodename}-{os.getpid()}")
+    command.add_argument("--name", default=f"{os.uname().nodename}-{secrets.token_hex(3)}")
     command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
     command.add_argument("--advertise", metavar="HOST", help="how other workers reach this one")
     command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

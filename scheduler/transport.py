@@ -41,6 +41,13 @@ MAX_PAYLOAD = 64 << 30
 _HANDSHAKE_MAX = 4096  # nobody unknown makes us hold more than this
 _HANDSHAKE_S = 10.0
 _READ = 1 << 18
+# A host that vanishes without a word is noticed in about 10 s, by silence or by unacknowledged bytes.
+_VANISHED = (
+    ("TCP_KEEPIDLE", 4),
+    ("TCP_KEEPINTVL", 2),
+    ("TCP_KEEPCNT", 3),
+    ("TCP_USER_TIMEOUT", 10_000),
+)
 
 Buffer = bytes | bytearray | memoryview
 Word = TypeVar("Word", bound=Wire)
@@ -56,6 +63,10 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _VANISHED:
+            if hasattr(socket, option):  # they differ between systems
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.local: tuple[str, int] = sock.getsockname()[:2]
         self.remote: tuple[str, int] = sock.getpeername()[:2]
         self._sock = sock
