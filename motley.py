@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import SetupError
 from scheduler.messages import Address, Role
+from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
+from scheduler.plan_command import add_arguments as add_plan_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -135,6 +137,13 @@ def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
     return ("--kv-tokens", str(options.kv_tokens), *bound, *speculate, *verbose)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    """The cheapest mix of GPU types, roles and TP degrees that keeps the SLO."""
+    from scheduler.plan_command import run
+
+    run(options)
+
+
 def _secret(options: argparse.Namespace) -> None:
     """Print what workers on other machines need."""
     from serving.secret import cluster_secret
@@ -172,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_arguments(_command(commands, "serve", _serve, SERVE_EXAMPLES))
     _worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
+    add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
     _command(commands, "secret", _secret, "example:\n  motley secret\n")
     commands.add_parser("bench", help="Measure an OpenAI endpoint: load test, search, report.")
     return parser

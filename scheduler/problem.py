@@ -1,0 +1,186 @@
+"""What a planner is asked: size buckets with rates, columns that may serve them, and limits.
+
+A column is one way to run one replica of a model. The problem file is the same in JSON, without
+what only a service file can know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from scheduler.errors import SetupError
+from scheduler.messages import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+
+class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests of like size: `rate` is in requests/s, `name` is unique within the model."""
+
+    name: str
+    model: str
+    rate: float
+
+
+class Column(msgspec.Struct, frozen=True):
+    """One kind of replica: `gpus` GPUs of one type, `price` in $/h for all of them together.
+
+    `capacity` is what one replica sustains, in requests/s, were all its requests of that bucket;
+    a bucket that is missing cannot be served. `link` is the same for what it can hand over or take
+    as KV cache. `burst` widens the head-room (`planner_model.usable`); 0 is none.
+    """
+
+    name: str
+    model: str
+    gpu: str
+    gpus: int
+    role: Role
+    price: float
+    capacity: dict[str, float]
+    market: str = "on-demand"
+    region: str = ""
+    link: dict[str, float] = {}
+    burst: float = 0.0
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """At most `gpus` GPUs of a type; None is any market, any region."""
+
+    gpu: str
+    gpus: int
+    market: str | None = None
+    region: str | None = None
+
+    def covers(self, column: Column) -> bool:
+        return (
+            column.gpu == self.gpu
+            and self.market in (None, column.market)
+            and self.region in (None, column.region)
+        )
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.gpu, self.market, self.region)))
+
+
+class WholeNodes(msgspec.Struct, frozen=True):
+    """GPUs that are only let by the node: `size` of them for `price` $/h."""
+
+    gpu: str
+    market: str
+    region: str
+    size: int
+    price: float
+
+    def covers(self, column: Column) -> bool:
+        return (column.gpu, column.market, column.region) == (self.gpu, self.market, self.region)
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Checked once, by `check`; columns of one model serve that model's buckets only."""
+
+    buckets: tuple[Bucket, ...]
+    columns: tuple[Column, ...]
+    limits: tuple[Limit, ...] = ()
+    nodes: tuple[WholeNodes, ...] = ()
+
+
+class _FileColumn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    model: str
+    gpu: str
+    gpus: int
+    role: Role
+    price: float
+    capacity: dict[str, float]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    buckets: tuple[Bucket, ...]
+    columns: tuple[_FileColumn, ...]
+    limits: dict[str, int] = {}
+
+
+def read_problem(path: Path) -> Problem:
+    """A problem file. Raises SetupError that names the file and the field."""
+    try:
+        return parse_problem(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: {error}") from None
+    except SetupError as error:
+        raise SetupError(f"{path}: {error}") from None
+
+
+def parse_problem(text: str) -> Problem:
+    """Raises SetupError that names the field, such as `columns[2].price`."""
+    try:
+        file = msgspec.convert(json.loads(text), _File)
+    except ValueError as error:  # of either library
+        raise SetupError(str(error).replace("$.", "")) from None
+    problem = Problem(
+        buckets=file.buckets,
+        columns=tuple(
+            Column(**{field: getattr(column, field) for field in _FileColumn.__struct_fields__})
+            for column in file.columns
+        ),
+        limits=tuple(Limit(gpu, number) for gpu, number in file.limits.items()),
+    )
+    check(problem)
+    return problem
+
+
+def check(problem: Problem) -> None:
+    """Raises SetupError naming the first field that cannot be meant."""
+    if not problem.buckets:
+        raise SetupError("buckets: none; there is nothing to plan for")
+    names: dict[str, set[str]] = {}
+    for at, bucket in enumerate(problem.buckets):
+        _number(f"buckets[{at}].rate", bucket.rate, least=0)
+        of_model = names.setdefault(bucket.model, set())
+        if bucket.name in of_model:
+            raise SetupError(
+                f"buckets[{at}].name: {bucket.name!r} twice for model {bucket.model!r}"
+            )
+        of_model.add(bucket.name)
+    _unique("columns", [column.name for column in problem.columns])
+    for at, column in enumerate(problem.columns):
+        _check_column(f"columns[{at}]", column, names.get(column.model, set()))
+    for limit in problem.limits:
+        _number(f"limits.{limit.gpu}", limit.gpus, least=0)
+        if limit.gpu not in {column.gpu for column in problem.columns}:
+            raise SetupError(f"limits.{limit.gpu}: no column uses a GPU of this name")
+
+
+def _check_column(where: str, column: Column, buckets: Iterable[str]) -> None:
+    if column.gpus < 1:
+        raise SetupError(f"{where}.gpus: {column.gpus} is below 1")
+    _number(f"{where}.price", column.price, least=0)
+    for field in ("capacity", "link"):
+        for name, rate in getattr(column, field).items():
+            if name not in buckets:
+                raise SetupError(
+                    f"{where}.{field}.{name}: model {column.model!r} has no bucket of this name"
+                )
+            if not (math.isfinite(rate) and rate > 0):
+                raise SetupError(
+                    f"{where}.{field}.{name}: {rate:g} requests/s is not a number above 0; "
+                    "leave out the buckets that this column cannot serve"
+                )
+
+
+def _number(field: str, value: float, *, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise SetupError(f"{field}: {value:g} is not a number of at least {least:g}")
+
+
+def _unique(field: str, names: Sequence[str]) -> None:
+    for name, times in Counter(names).items():
+        if times > 1:
+            at = len(names) - 1 - names[::-1].index(name)
+            raise SetupError(f"{field}[{at}].name: {name!r} is taken by another")
