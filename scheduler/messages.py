@@ -25,6 +25,7 @@ class Role(enum.StrEnum):
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -140,6 +141,14 @@ class Echo(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[TokenLogprob, ...] = ()  # the others
 
 
+class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A piece of an answer's tool call number `index`; the first piece has the name."""
+
+    index: int
+    name: str | None = None
+    arguments: str = ""  # the pieces of one call, joined, are JSON
+
+
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step gave one choice: ids[0] is the choice's token number `position`.
 
@@ -155,6 +164,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    calls: tuple[CallDelta, ...] = ()
     echo: Echo | None = None
     cached: int = 0
 

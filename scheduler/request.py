@@ -13,16 +13,26 @@ import msgspec
 TokenIds = list[int]
 
 
+class ToolCall(msgspec.Struct, frozen=True):
+    """What a model asked for earlier in a chat."""
+
+    id: str
+    name: str
+    arguments: str  # JSON
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One chat message, its content flattened to text."""
 
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None  # which call a tool's message answers
 
 
 class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A prompt as the client sent it; exactly one field is set.
+    """A prompt as the client sent it; exactly one of text, messages and ids is set.
 
     Once a worker has tokenised it, the ledger replaces it by `ids`, so that a replay never renders
     a template again.
@@ -31,6 +41,7 @@ class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     messages: tuple[Message, ...] | None = None
     ids: TokenIds | None = None
+    tools: str | None = None  # beside messages: what the model may call, a JSON array
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,6 +79,14 @@ class Grammar(msgspec.Struct, frozen=True):
     param: str
 
 
+class ToolUse(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer may call tools. A forced one is made of nothing else, by its grammar."""
+
+    forced: Literal["", "any", "named"] = ""  # named: the answer is the arguments of `name`
+    name: str = ""
+    parallel: bool = True
+
+
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     """One prompt and its choices, as sent to a worker: all that is needed to start or take over.
 
@@ -87,6 +106,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     emitted: TokenIds = []
     sent: int = 0
     grammar: Grammar | None = None
+    tools: ToolUse | None = None
     echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
 
     @property

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from scheduler.messages import Echo, FinishReason, TokenLogprob
-from scheduler.request import Grammar, Limits, Prompt, Sampling
+from scheduler.messages import CallDelta, Echo, FinishReason, TokenLogprob
+from scheduler.request import Grammar, Limits, Prompt, Sampling, ToolUse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -25,6 +25,7 @@ class Ask(msgspec.Struct, frozen=True):
     n: int
     created: float  # Unix seconds of arrival
     grammar: Grammar | None = None
+    tools: ToolUse | None = None
     echo: bool = False
 
 
@@ -39,6 +40,7 @@ class Delta(msgspec.Struct, frozen=True):
     tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: FinishReason | None = None
+    calls: tuple[CallDelta, ...] = ()
     echo: Echo | None = None
     cached: int = 0  # prompt tokens whose KV was known already
 

@@ -148,6 +148,7 @@ class Gateway:
             prompt_index=index,
             choices=tuple(range(ask.n)),
             grammar=ask.grammar,
+            tools=ask.tools,
             echo=ask.echo,
         )
         live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)
@@ -209,6 +210,7 @@ class Gateway:
                 tokens=len(output.ids),
                 logprobs=output.logprobs,
                 finish=output.finish,
+                calls=output.calls,
                 echo=None if output.position else live.echo,
                 cached=output.cached,
             )

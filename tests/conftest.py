@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool
-from scheduler.request import Grammar, Job, Limits, Prompt, Sampling
+from scheduler.request import Grammar, Job, Limits, Prompt, Sampling, ToolUse
 from workers.engine import Engine
 from workers.fake import FakeOptions, FakeRunner, FakeText
 
@@ -31,6 +31,7 @@ def _job(
     sent: int = 0,
     echo: bool = False,
     grammar: Grammar | None = None,
+    tools: ToolUse | None = None,
     temperature: float = 1.0,
     **limits,
 ) -> Job:
@@ -47,6 +48,7 @@ def _job(
         emitted=emitted or [],
         sent=sent,
         grammar=grammar,
+        tools=tools,
         echo=echo,
     )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.messages import Alternative, Echo, FinishReason, Output, TokenLogprob
 from workers.runner import Reading
+from workers.tools import CallParser, Said
 
 if TYPE_CHECKING:
     from scheduler.request import Job, TokenIds
@@ -27,7 +28,14 @@ class Choice:
         self._number = number
         self._max_tokens = max_tokens
         self._position = len(emitted)
-        self._stream = text.stream(job.limits.stop, emitted, sent)
+        self._parser = CallParser(text.call_style, job.tools) if job.tools else None
+        if self._parser:
+            # What has been said is known only by reading it again: calls do not count as text.
+            self._stream = text.stream(job.limits.stop, tools=True)
+            for token in emitted:
+                self._parser.feed(self._stream.push(token))
+        else:
+            self._stream = text.stream(job.limits.stop, emitted, sent)
         self._matcher = text.grammars.start(job.grammar, emitted) if job.grammar else None
         self._repeats: TokenIds = []
 
@@ -56,6 +64,9 @@ class Choice:
         first = self._position == 0
         wanted = self._max_tokens > 0
         text, finish = self._say(drawn.token) if wanted else ("", FinishReason.LENGTH)
+        said = Said(text)
+        if self._parser:
+            said, finish = self._parse(self._parser, text, finish)
         logprobs = wanted and self._job.sampling.logprobs is not None
         output = Output(
             id=self._job.id,
@@ -63,7 +74,8 @@ class Choice:
             choice=self._number,
             position=self._position,
             ids=[drawn.token] if wanted else [],
-            text=text,
+            text=said.text,
+            calls=tuple(said.calls),
             logprobs=(self._logprob(drawn),) if logprobs else (),
             finish=finish,
             echo=self._echo() if first and self._repeats else None,
@@ -88,6 +100,20 @@ class Choice:
         if self._position + 1 >= self._max_tokens:
             return text + stream.finish(), FinishReason.LENGTH
         return text, None
+
+    @staticmethod
+    def _parse(
+        parser: CallParser, text: str, finish: FinishReason | None
+    ) -> tuple[Said, FinishReason | None]:
+        said = parser.feed(text)
+        if finish:
+            rest = parser.finish()
+            said = Said(said.text + rest.text, said.calls + rest.calls)
+        elif parser.complete:
+            finish = FinishReason.STOP
+        if finish is FinishReason.STOP and parser.count:
+            finish = FinishReason.TOOL_CALLS
+        return said, finish
 
     def _echo(self) -> Echo:
         spelled = [self._text.token_bytes(token) for token in self._repeats]

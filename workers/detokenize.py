@@ -81,12 +81,12 @@ class Detokenizer:
             self.stopped = True
             self._held = ""
             return text[: min(ends)[1]]
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        certain = len(text) - max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[certain:]
         return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The most characters at the end of `text` with which `stop` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -22,6 +22,8 @@ from scheduler.messages import Rates
 from scheduler.models import BLOCK_TOKENS, ModelShape
 from workers.kv_cache import KvCache
 from workers.runner import NO_WISHES, Sampled
+from workers.tools import HERMES
+from workers.tools_prompt import explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 EOS = 256
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
-_CLOSING = (EOS, *b'"}]0:,')  # what ends an answer that follows a grammar, best first
+_CLOSING = (EOS, *b'"}]0:,{[')  # what ends an answer that follows a grammar, best first
 _SAMPLED = 256  # positions that the hash reads, evenly spread: long prompts stay cheap
 SHAPE = ModelShape(
     layers=2,
@@ -77,6 +79,7 @@ class FakeText:
 
     eos_ids = frozenset({EOS})
     fingerprint = "fake-1"
+    call_style = HERMES
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
@@ -99,7 +102,10 @@ class FakeText:
         elif prompt.text is not None:
             tokens = list(prompt.text.encode())
         else:
-            lines = (f"{m.role}: {m.content}\n" for m in prompt.messages or ())
+            messages = prompt.messages or ()
+            if prompt.tools:
+                messages = explain(messages, prompt.tools)
+            lines = (f"{m.role}: {m.content}\n" for m in messages)
             tokens = list("".join(lines).encode())
         if not tokens:
             raise BadRequest("the prompt is empty", param="prompt")
@@ -116,6 +122,8 @@ class FakeText:
         stop: tuple[str, ...],
         emitted: Sequence[int] = (),
         sent: int = 0,
+        *,
+        tools: bool = False,
     ) -> FakeStream:
         return FakeStream(stop, emitted, sent)
 

@@ -17,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from scheduler.errors import BadRequest, SetupError
 from workers.detokenize import Detokenizer
 from workers.grammar import Grammars
+from workers.tools import HERMES, style_of
+from workers.tools_prompt import explain
 from workers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from scheduler.request import Message, Prompt, TokenIds
+    from scheduler.request import Message, Prompt, TokenIds, ToolCall
+    from workers.tools import Style
     from workers.weights.checkpoint import Checkpoint
 
 # What a template raises when it is asked for something that it cannot do.
@@ -61,6 +64,8 @@ class Tokens(Protocol):
     eos_ids: frozenset[int]
     context_length: int  # tokens of prompt and answer together
 
+    call_style: Style  # how the model writes tool calls
+
     @property
     def grammars(self) -> Grammars:
         """Structured output in this vocabulary."""
@@ -78,8 +83,11 @@ class Tokens(Protocol):
         stop: tuple[str, ...],
         emitted: Sequence[int] = (),
         sent: int = 0,
+        *,
+        tools: bool = False,
     ) -> TextStream:
-        """A choice's text, ended by any of `stop`.
+        """A choice's text, ended by any of `stop`. With `tools`, the tokens that mark tool calls
+        are text too.
 
         One that another worker began goes on after the tokens `emitted`, of whose text the client
         has `sent` characters.
@@ -116,6 +124,11 @@ class Text:
         self._template = None if chat_template is None else _compile(chat_template)
         self._special_tokens = dict(special_tokens)
         self._silent = self._vocabulary.special_ids | eos_ids
+        style = style_of(chat_template or "")
+        self._knows_tools = style is not None
+        self.call_style = style or HERMES
+        marks = (self.call_style.start, self.call_style.end)
+        self._call_marks = frozenset(map(tokenizer.token_to_id, marks)) - eos_ids - {None}
         self.eos_ids = eos_ids
         self.context_length = context_length
         words = [tokenizer.to_str(), chat_template, sorted(eos_ids), sorted(special_tokens.items())]
@@ -152,7 +165,7 @@ class Text:
         if prompt.ids is not None:
             return self._checked(prompt.ids)
         if prompt.messages is not None:
-            rendered = self._render(prompt.messages, created)
+            rendered = self._render(prompt.messages, prompt.tools, created)
             return self._tokenise(rendered, "messages", add_special_tokens=False)
         return self._tokenise(prompt.text or "", "prompt", add_special_tokens=True)
 
@@ -161,9 +174,12 @@ class Text:
         stop: tuple[str, ...],
         emitted: Sequence[int] = (),
         sent: int = 0,
+        *,
+        tools: bool = False,
     ) -> Detokenizer:
         """The text of one choice, from its start or from where another worker left it."""
-        return Detokenizer(self._vocabulary, self._silent, stop, emitted, sent)
+        silent = self._silent - self._call_marks if tools else self._silent
+        return Detokenizer(self._vocabulary, silent, stop, emitted, sent)
 
     def token_bytes(self, token: int) -> bytes:
         """What the token stands for, perhaps a part of a character."""
@@ -192,13 +208,16 @@ class Text:
             raise BadRequest("The prompt has no tokens.", param=param)
         return ids
 
-    def _render(self, messages: tuple[Message, ...], created: float) -> str:
+    def _render(self, messages: tuple[Message, ...], tools: str | None, created: float) -> str:
         if self._template is None:
             raise BadRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
         if not messages:
             raise BadRequest("There must be at least one message.", param="messages")
+
+        if tools and not self._knows_tools:
+            messages, tools = explain(messages, tools), None
 
         def strftime_now(form: str) -> str:
             # UTC: a template must not read the time zone of the worker that happens to render it.
@@ -207,6 +226,7 @@ class Text:
         try:
             return self._template.render(
                 messages=[_message(message) for message in messages],
+                tools=json.loads(tools) if tools else None,
                 add_generation_prompt=True,
                 strftime_now=strftime_now,
                 **self._special_tokens,
@@ -217,9 +237,28 @@ class Text:
             ) from error
 
 
-def _message(message: Message) -> dict[str, str]:
-    fields = {"role": message.role, "content": message.content, "name": message.name}
+def _message(message: Message) -> dict[str, Any]:
+    """As templates expect it: what is not there is undefined, and arguments are objects."""
+    fields = {
+        "role": message.role,
+        "content": message.content,
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "tool_calls": [_call(call) for call in message.tool_calls] or None,
+    }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        arguments = call.arguments  # a model may have been cut in the middle of them
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }
 
 
 def _compile(source: str) -> jinja2.Template:

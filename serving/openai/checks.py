@@ -49,8 +49,6 @@ BIAS = Bounds(-100, 100)
 
 # Fields that would change the answer and are not served yet, with the values that change nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),

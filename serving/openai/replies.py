@@ -6,12 +6,13 @@ What is the same in every chunk of a stream is encoded once, so that a token cos
 from __future__ import annotations
 
 import codecs
+import secrets
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from scheduler.messages import FinishReason
+from scheduler.messages import CallDelta, FinishReason
 from serving.ask import Delta
 
 if TYPE_CHECKING:
@@ -60,15 +61,31 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True, omit_defaults=True):
+    arguments: str
+    name: str | None = None
+
+
+class ChatCall(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tool call, or a piece of one: the first piece has id, type and name."""
+
+    function: CalledFunction
+    index: int | None = None  # only in a stream
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    content: str
+    content: str | None = None
     role: str | None = None
+    tool_calls: list[ChatCall] | None = None
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ChatCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatPiece(msgspec.Struct, frozen=True):
@@ -159,11 +176,15 @@ class ChatReply(Reply):
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             role = "assistant"
-        content = ChatDelta(delta.text, role)
+        calls = [_chat_call(call, call.index) for call in delta.calls] or None
+        content = ChatDelta(None if calls and not delta.text else delta.text, role, calls)
         return ChatPiece(delta.index, content, self._logprobs(delta), delta.finish)
 
     def _choice(self, choice: Delta) -> ChatChoice:
         message = ChatMessage(choice.text)
+        if choice.calls:
+            calls = [_chat_call(call) for call in choice.calls]
+            message = ChatMessage(choice.text or None, tool_calls=calls)
         return ChatChoice(choice.index, message, self._logprobs(choice), choice.finish)
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
@@ -261,9 +282,28 @@ def _join(deltas: list[Delta]) -> Delta:
         tokens=sum(delta.tokens for delta in deltas),
         logprobs=tuple(token for delta in deltas for token in delta.logprobs),
         finish=last.finish,
+        calls=_join_calls(deltas),
         echo=deltas[0].echo,
         cached=deltas[0].cached,
     )
+
+
+def _join_calls(deltas: list[Delta]) -> tuple[CallDelta, ...]:
+    """The calls of one choice, each in one piece."""
+    names: dict[int, str | None] = {}
+    arguments: defaultdict[int, list[str]] = defaultdict(list)
+    for call in (call for delta in deltas for call in delta.calls):
+        names.setdefault(call.index, call.name)
+        arguments[call.index].append(call.arguments)
+    return tuple(CallDelta(i, name, "".join(arguments[i])) for i, name in names.items())
+
+
+def _chat_call(call: CallDelta, index: int | None = None) -> ChatCall:
+    function = CalledFunction(call.arguments, call.name)
+    if call.name is None:
+        return ChatCall(function, index)
+    # Nine characters, because Mistral's chat templates refuse to read others back.
+    return ChatCall(function, index, secrets.token_hex(5)[:9], "function")
 
 
 def _finite(logprob: float) -> float:

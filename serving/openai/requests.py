@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import msgspec
 
 from scheduler.errors import BadRequest
-from scheduler.request import Limits, Message, Prompt, Sampling
+from scheduler.request import Limits, Message, Prompt, Sampling, ToolCall
 from serving.ask import Ask
 from serving.openai import checks
 from serving.openai.formats import ResponseFormat, grammar
+from serving.openai.tools import Named, PastCall, Tool, read_tools
 
 if TYPE_CHECKING:
     from serving.openai.limits import HttpLimits
@@ -69,7 +70,8 @@ class ChatMessage(msgspec.Struct):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(Body, kw_only=True):
@@ -79,8 +81,9 @@ class ChatBody(Body, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | Named | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -123,7 +126,14 @@ def chat(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
     if body.max_completion_tokens is not None:
         body.max_tokens = body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _call(body, (Prompt(messages=messages),), logprobs, ask_id, created, limits)
+    use, definitions, forced = read_tools(body)
+    prompt = Prompt(messages=messages, tools=definitions)
+    call = _call(body, (prompt,), logprobs, ask_id, created, limits)
+    if use and call.ask.grammar:
+        field = call.ask.grammar.param
+        raise _refuse(field, 'cannot be followed while tools may be called: set tool_choice "none"')
+    ask = msgspec.structs.replace(call.ask, tools=use, grammar=forced or call.ask.grammar)
+    return msgspec.structs.replace(call, ask=ask)
 
 
 def completion(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
@@ -214,9 +224,14 @@ def _message(message: ChatMessage, at: int) -> Message:
     path = f"messages[{at}]"
     if message.role not in ROLES:
         raise _refuse(f"{path}.role", f"must be one of {', '.join(ROLES)}")
-    if message.tool_calls:
-        raise _refuse(f"{path}.tool_calls", "is not supported: leave it out")
-    return Message(message.role, _text(message.content, f"{path}.content"), message.name)
+    calls = tuple(
+        ToolCall(call.id, call.function.name, call.function.arguments)
+        for call in message.tool_calls or ()
+    )
+    if calls and message.role != "assistant":
+        raise _refuse(f"{path}.tool_calls", "is only allowed with role assistant")
+    content = "" if calls and not message.content else _text(message.content, f"{path}.content")
+    return Message(message.role, content, message.name, calls, message.tool_call_id)
 
 
 def _text(content: str | list[Part] | None, path: str) -> str:

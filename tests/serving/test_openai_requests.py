@@ -232,8 +232,6 @@ def test_a_bad_completion_is_refused_by_its_fields_name(fields, param):
 @pytest.mark.parametrize(
     ("parse", "field", "harmless", "asked"),
     [
-        (chat, "tools", [], [{"type": "function", "function": {"name": "f"}}]),
-        (chat, "tool_choice", "none", "auto"),
         (chat, "functions", [], [{"name": "f"}]),
         (chat, "modalities", ["text"], ["text", "audio"]),
         (chat, "prediction", None, {"type": "content", "content": "x"}),
@@ -250,12 +248,6 @@ def test_what_is_not_served_yet_is_refused_only_where_it_would_matter(
     with pytest.raises(BadRequest) as caught:
         parse(**{field: asked})
     assert caught.value.param == field
-
-
-def test_tool_calls_of_the_past_are_refused():
-    with pytest.raises(BadRequest) as caught:
-        chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}])
-    assert caught.value.param == "messages[0].tool_calls"
 
 
 @pytest.mark.parametrize(
