@@ -41,7 +41,7 @@ MAX_PAYLOAD = 64 << 30
 _HANDSHAKE_MAX = 4096  # nobody unknown makes us hold more than this
 _HANDSHAKE_S = 10.0
 _READ = 1 << 18
-# A host that vanishes without a word is noticed in about 10 s, by silence or by unacknowledged bytes.
+# A host that vanishes without a word is noticed in 10 s, by silence or by unacknowledged bytes.
 _VANISHED = (
     ("TCP_KEEPIDLE", 4),
     ("TCP_KEEPINTVL", 2),
