@@ -90,9 +90,11 @@ class Bench:
         except Broken as error:
             self._drop(process.arm, error)
             return
-        progress.log(
+        progress.print(
             f"{threads} threads, round {number}: {process.arm.name}, {workload.name}: "
-            f"{measured.seconds:.2f} s, {measured.cpu_s / measured.seconds:.2f} cores"
+            f"{measured.seconds:.2f} s, {measured.cores:.2f} cores",
+            highlight=False,
+            soft_wrap=True,
         )
         self.report.runs.append(
             Run(process.arm.name, threads, number, workload, measured, facts, os.getloadavg()[0])
@@ -101,7 +103,7 @@ class Bench:
     def _drop(self, arm: Arm, error: Broken) -> None:
         self.arms.remove(arm)
         self.report.skipped[arm.name] = str(error)
-        progress.log(f"[red]{error}", markup=True)
+        progress.print(str(error), markup=False, highlight=False)
 
 
 def _rotated(alive: list[tuple[ArmProcess, Facts]], by: int) -> list[tuple[ArmProcess, Facts]]:
@@ -114,7 +116,7 @@ def fp32_folder(model: Path) -> Path:
     """The model as fp32 safetensors, in the cache of models; written if it is not there yet."""
     folder = models_folder().with_name("bench") / f"{model.stem}.fp32"
     if not folder.exists():
-        command = [sys.executable, HERE / "engine_checkpoint.py", model, folder]
+        command = [sys.executable, str(HERE / "engine_checkpoint.py"), str(model), str(folder)]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=CONVERT_LIMIT_S
         )
@@ -133,7 +135,7 @@ def gather(bench: Bench, names: list[str], peers: Path) -> None:
             bench.arms.append(arm)
         except Absent as error:
             bench.report.skipped[name] = str(error)
-            progress.log(f"[yellow]{error}", markup=True)
+            progress.print(str(error), markup=False, highlight=False)
 
 
 async def measure(bench: Bench, threads: list[int], rounds: int) -> None:

@@ -54,7 +54,7 @@ class LlamaCpp:
         if self.context:
             llama_cpp.llama_free(self.context)
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = self.setup.kv_tokens // self.setup.sequences * sequences
+        params.n_ctx = self.setup.context * sequences
         params.n_batch = BATCH
         params.n_seq_max = sequences
         params.n_threads = params.n_threads_batch = self.setup.threads

@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
 
 class Motley:
+    """Variants: without speculation (the default), speculate.
+
+    The peers do not speculate either, and greedy answers of a small model repeat themselves: drafts
+    look better here than on most of what people ask.
+    """
+
     def __init__(self, setup: Setup) -> None:
-        options = EngineOptions(kv_tokens=setup.kv_tokens, threads=setup.threads)
+        options = EngineOptions(
+            kv_tokens=setup.kv_tokens,
+            threads=setup.threads,
+            speculate=setup.variant == "speculate",
+        )
         self.engine, _ = build(Model("bench", setup.model), options)
         self.facts = Facts(
             version=commit(),

@@ -57,7 +57,7 @@ class Kind:
 KINDS = {
     "motley": Kind("workers", "make test", False, {}),
     "motley_http": Kind("serving", "make test", False, {}),
-    "llama_cpp": Kind("llama_cpp", "bench/peers.sh llama_cpp", False, {}),
+    "llama_cpp": Kind("llama_cpp", "bench/peers.sh llama_cpp", False, {"GGML_NO_BACKTRACE": "1"}),
     "transformers": Kind("transformers", "make test", True, {}),
     "vllm": Kind("vllm", "bench/peers.sh vllm", True, VLLM_ENVIRONMENT),
 }

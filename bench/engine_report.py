@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from engine_machine import Conditions
-from engine_process import Facts
+from engine_process import UNTOLD, Facts
 from engine_workloads import Figure, Measured, Workload
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 SPARE_BYTES = 60e6  # what a worker may hold beside torch, its weights and its KV cache
 
@@ -39,9 +39,12 @@ class Cell(msgspec.Struct, frozen=True):
     arm: str
     median: float
     values: list[float]
+    per_cpu_s: float | None = None  # the median, had time been counted on the CPU's clock
 
 
 class Report(msgspec.Struct):
+    """Everything measured, and what it was measured on."""
+
     conditions: Conditions
     model: str
     bare_torch_rss: int  # bytes
@@ -50,32 +53,33 @@ class Report(msgspec.Struct):
     cells: list[Cell] = []
     runs: list[Run] = []
 
-    def summarise(self, figures: Iterable[Figure]) -> None:
+    def summarise(self, figures: Sequence[Figure]) -> None:
         """Fill `cells` from `runs`."""
         for threads, arm in dict.fromkeys((run.threads, run.arm) for run in self.runs):
             mine = [run for run in self.runs if (run.threads, run.arm) == (threads, arm)]
             for figure in figures:
-                values = [
-                    figure.of(run.workload, run.measured)
-                    for run in mine
-                    if run.workload.name == figure.workload
-                ]
-                self._add(threads, arm, figure.key, figure.title, values)
-                if figure.key == "decode":
-                    rate = self.read_rates[threads] / mine[0].facts.weight_bytes
-                    shares = [value / rate for value in values]
-                    self._add(threads, arm, "bound", "decode ÷ its bound", shares)
-            used = [run.measured.cpu_s / run.measured.seconds for run in mine]
-            self._add(threads, arm, "cores", "cores used", used)
-            peaks = [
-                max(run.measured.peak_rss for run in mine if run.round == number)
-                for number in sorted({run.round for run in mine})
-            ]
-            self._add(threads, arm, "rss", "peak RSS, MB", [peak / 1e6 for peak in peaks])
+                self._add_rate(figure, [r for r in mine if r.workload.name == figure.workload])
+            self._add(mine[0], "cores", "cores used", [run.measured.cores for run in mine])
+            peaks: dict[int, float] = {}
+            for run in mine:
+                peaks[run.round] = max(peaks.get(run.round, 0), run.measured.peak_rss / 1e6)
+            self._add(mine[0], "rss", "peak RSS, MB", list(peaks.values()))
 
-    def _add(self, threads: int, arm: str, key: str, title: str, values: list[float]) -> None:
-        if values:
-            self.cells.append(Cell(threads, key, title, arm, median(values), values))
+    def _add_rate(self, figure: Figure, runs: list[Run]) -> None:
+        if not runs:  # the engine broke before it came to this
+            return
+        values = [figure.of(r.workload, r.measured.counts, r.measured.times) for r in runs]
+        cpu = [figure.of(r.workload, r.measured.counts, r.measured.cpu) for r in runs]
+        self._add(runs[0], figure.key, figure.title, values, median(cpu))
+        if figure.key == "decode":
+            bound = self.read_rates[runs[0].threads] / runs[0].facts.weight_bytes
+            shares = [value / bound for value in values]
+            self._add(runs[0], "bound", "decode ÷ its bound", shares)
+
+    def _add(
+        self, of: Run, key: str, title: str, values: list[float], per_cpu_s: float | None = None
+    ) -> None:
+        self.cells.append(Cell(of.threads, key, title, of.arm, median(values), values, per_cpu_s))
 
     def agreeing(self, arm: str) -> tuple[int, int]:
         """How many requests begin with the token that the first arm gave them, and of how many."""
@@ -89,45 +93,55 @@ class Report(msgspec.Struct):
             if r.arm == arm and (r.threads, r.round, r.workload) in of
             for pair in zip(r.measured.firsts, of[r.threads, r.round, r.workload], strict=True)
         ]
-        return sum(mine == theirs for mine, theirs in pairs), len(pairs)
+        told = [pair for pair in pairs if UNTOLD not in pair]
+        return sum(mine == theirs for mine, theirs in told), len(told)
 
 
 def show(report: Report) -> None:
     console = Console()
     for threads in dict.fromkeys(cell.threads for cell in report.cells):
-        console.print(_table(report, threads))
+        cells = {(c.figure, c.arm): c for c in report.cells if c.threads == threads}
+        read = f"{threads} thread(s), memory read at {report.read_rates[threads] / 1e9:.1f} GB/s"
+        console.print(_table(read, cells, _wall))
+        rates = {key: cell for key, cell in cells.items() if cell.per_cpu_s}
+        console.print(_table(f"{threads} thread(s), on the clock of CPU time", rates, _cpu))
     for line in _notes(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(report: Report, threads: int) -> Table:
-    cells = {(c.figure, c.arm): c for c in report.cells if c.threads == threads}
+def _table(
+    title: str, cells: dict[tuple[str, str], Cell], text: Callable[[Cell, Cell | None], str]
+) -> Table:
     arms = list(dict.fromkeys(arm for _, arm in cells))
-    titles = {c.figure: c.title for c in cells.values()}
-    rate = report.read_rates[threads] / 1e9
-    table = Table(
-        title=f"{threads} thread(s), memory read at {rate:.1f} GB/s", title_justify="left"
-    )
+    table = Table(title=title, title_justify="left")
     table.add_column("tokens/s")
     for arm in arms:
         table.add_column(arm, justify="right")
-    for figure, title in titles.items():
-        ours = cells.get((figure, arms[0]))
-        table.add_row(title, *(_text(cells.get((figure, arm)), ours) for arm in arms))
+    for figure in dict.fromkeys(figure for figure, _ in cells):
+        row = [cells.get((figure, arm)) for arm in arms]
+        name = next(cell.title for cell in row if cell)
+        table.add_row(name, *(text(cell, row[0]) if cell else "–" for cell in row))
     return table
 
 
-def _text(cell: Cell | None, ours: Cell | None) -> str:
-    """A median; a peer's rate with how many times it the first arm's is."""
-    if cell is None:
-        return "–"
+def _wall(cell: Cell, first: Cell | None) -> str:
     if cell.figure == "bound":
         return f"{cell.median:.0%}"
     if cell.figure == "cores":
         return f"{cell.median:.2f}"
-    if ours is None or cell is ours or cell.figure == "rss":
-        return f"{cell.median:.0f}" if cell.median >= 100 else f"{cell.median:.1f}"
-    return f"{cell.median:.1f} ×{ours.median / cell.median:.2f}"
+    if cell.figure == "rss":
+        return f"{cell.median:.0f}"
+    return _rate(cell.median, first.median if first else None)
+
+
+def _cpu(cell: Cell, first: Cell | None) -> str:
+    return _rate(cell.per_cpu_s or 0, first.per_cpu_s if first else None)
+
+
+def _rate(rate: float, first: float | None) -> str:
+    """With how many times it the first arm's is."""
+    ratio = f" ×{first / rate:.2f}" if first and first != rate else ""
+    return (f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}") + ratio
 
 
 def _notes(report: Report) -> Iterator[str]:
@@ -136,14 +150,17 @@ def _notes(report: Report) -> Iterator[str]:
     rounds = len({run.round for run in report.runs})
     yield f"{report.model}; medians of {rounds} round(s); ×: the first column's ÷ this one's"
     yield "decode's bound: bytes of weights a token needs, at the rate memory was read above"
-    yield "cores used below the number of threads: others computed too, and the rates are too low"
+    yield (
+        "cores used below the number of threads: others computed too and rates are too low; with "
+        "1 thread the clock of CPU time says what a quiet machine gives"
+    )
     for arm, fact in facts.items():
         equal, of = report.agreeing(arm)
-        yield (
-            f"{arm} {fact.version}: weights {fact.weight_bytes / 1e6:.0f} MB, KV cache "
-            f"{fact.kv_bytes / 1e6:.0f} MB, first tokens as the first column's {equal} of {of}"
-        )
-    if own := facts.get("motley"):
+        agree = f", first tokens as the first column's {equal} of {of}" if of else ""
+        cache = f", KV cache {fact.kv_bytes / 1e6:.0f} MB" if fact.kv_bytes else ""
+        yield f"{arm} {fact.version}: weights {fact.weight_bytes / 1e6:.0f} MB{cache}{agree}"
+    own = facts.get("motley")
+    if own and own.kv_bytes:
         allowed = report.bare_torch_rss + own.weight_bytes + own.kv_bytes + SPARE_BYTES
         yield (
             f"motley's peak RSS should be at most {allowed / 1e6:.0f} MB: import torch "

@@ -34,17 +34,22 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """One workload through one engine: seconds after its start at which so many tokens came."""
+    """One workload through one engine: when its tokens came, in seconds since its start."""
 
     times: list[float]
-    counts: list[int]
+    cpu: list[float]  # the same on the clock of CPU time, all threads
+    counts: list[int]  # tokens that came then
     firsts: list[int]  # each request's first token
-    cpu_s: float
     peak_rss: int  # bytes
 
     @property
     def seconds(self) -> float:
         return self.times[-1]
+
+    @property
+    def cores(self) -> float:
+        """Cores that computed, on average."""
+        return self.cpu[-1] / self.times[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +59,22 @@ class Figure:
     key: str
     title: str
     workload: str
-    of: Callable[[Workload, Measured], float]
+    of: Callable[[Workload, list[int], list[float]], float]  # of counts, on either clock
 
 
-def prefill_rate(workload: Workload, measured: Measured) -> float:
+def prefill_rate(workload: Workload, _: list[int], times: list[float]) -> float:
     """Prompt tokens ÷ time to first token."""
-    return workload.requests * workload.prompt_tokens / measured.times[0]
+    return workload.requests * workload.prompt_tokens / times[0]
 
 
-def decode_rate(_: Workload, measured: Measured) -> float:
+def decode_rate(_: Workload, counts: list[int], times: list[float]) -> float:
     """1 ÷ TPOT: tokens after the first ÷ time from it to the last."""
-    return (sum(measured.counts) - measured.counts[0]) / (measured.times[-1] - measured.times[0])
+    return (sum(counts) - counts[0]) / (times[-1] - times[0])
 
 
-def output_rate(_: Workload, measured: Measured) -> float:
+def output_rate(_: Workload, counts: list[int], times: list[float]) -> float:
     """Output tokens ÷ time from the start to the last of them: prompts are paid for."""
-    return sum(measured.counts) / measured.seconds
+    return sum(counts) / times[-1]
 
 
 FIGURES = (
