@@ -42,11 +42,12 @@ def check_text(check: Check) -> str:
 def show(report: Report) -> None:
     console = Console(highlight=False)
     _verdict(console, report)
-    totals = report.totals
+    totals, realised = report.totals, report.realised
+    shape = f"; CV {realised.cv:.3g}, dispersion {realised.dispersion:.3g}"
     console.print(
         f"{report.load}; {totals.scheduled} requests in {totals.seconds:.1f} s "
-        f"({totals.asked_rate:.4g}/s asked, {totals.achieved_rate:.4g}/s sent; "
-        f"CV {report.realised.cv:.3g}, dispersion {report.realised.dispersion:.3g})"
+        f"({totals.asked_rate:.4g}/s asked, {totals.achieved_rate:.4g}/s sent"
+        f"{shape if realised.count else ''})"
     )
     console.print(_latencies(report))
     console.print(

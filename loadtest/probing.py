@@ -101,12 +101,13 @@ class _Probing:
         self._measured: list[Measured] = []
 
     def report(self, capacity: float | None) -> SearchReport:
-        probes = [measured.probe for measured in self._measured]
+        spec, probes = self._spec, [measured.probe for measured in self._measured]
+        load = spec.load() if spec.trace else f"{spec.arrivals.process} arrivals at each rate"
         failed = min((p.rate for p in probes if not p.held), default=None)
         held = [p.rate for p in probes if p.held and (failed is None or p.rate < failed)]
         return SearchReport(
-            load=self._spec.load(),
-            spec=self._spec,
+            load=load,
+            spec=spec.without_secrets(),
             share=self.share,
             capacity=capacity,
             held=max(held, default=None),

@@ -148,7 +148,7 @@ def build(
             timespec="seconds"
         ),
         load=spec.load(),
-        spec=_without_secrets(spec),
+        spec=spec.without_secrets(),
         checks=check(run),
         classes=[_attainment(group, at, counted) for at, group in enumerate(spec.classes)],
         totals=_totals(run, counted, met, cost_per_hour),
@@ -308,10 +308,3 @@ def _columns(counted: Sequence[Outcome], met: Sequence[bool]) -> dict[str, list[
         "tpot": [round(o.tpot, 6) if o.ok and o.tokens > 1 else -1.0 for o in counted],
         "e2e": [round(o.e2e, 6) if o.ok else -1.0 for o in counted],
     }
-
-
-def _without_secrets(spec: Spec) -> Spec:
-    endpoint = msgspec.structs.replace(
-        spec.endpoint, api_key="***" if spec.endpoint.api_key else ""
-    )
-    return msgspec.structs.replace(spec, endpoint=endpoint)

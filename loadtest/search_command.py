@@ -69,7 +69,7 @@ def _tell(measured: Measured) -> None:
 
 
 def summary(report: SearchReport) -> str:
-    target = f"{report.share:.4g} of requests within their SLO"
+    target = f"{report.share * 100:g} % of requests within their SLO"
     if report.capacity is None:
         return f"no rate that was tried kept {target}; lower --from"
     if report.failed is None:

@@ -48,7 +48,7 @@ def _head(report: SearchReport, figure: str) -> str:
     return frame.hero(
         [("VALID" if report.valid else "INVALID", report.valid)],
         figure,
-        f"highest rate at which {report.share:.4g} of requests meet their SLO; {bracket}",
+        f"highest rate at which {report.share * 100:g} % of requests meet their SLO; {bracket}",
         f"{report.spec.endpoint.model} at {report.spec.endpoint.url}",
     )
 
@@ -58,7 +58,7 @@ def _charts(report: SearchReport, ordered: list[Measured]) -> list[str]:
     nearest = max(
         (m for m in ordered if m.probe.held), key=lambda m: m.probe.rate, default=ordered[0]
     )
-    target = Mark(f"{report.share:.4g}", y=report.share)
+    target = Mark(f"{report.share * 100:g} %", y=report.share)
     return [
         chart(
             "Attainment against rate",

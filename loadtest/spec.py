@@ -72,6 +72,12 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
             parts.append(f"ticks of {scaling.dequantise:g} s spread")
         return ", ".join(parts) + sessions
 
+    def without_secrets(self) -> Self:
+        """For reports, which are there to be shared."""
+        key = "***" if self.endpoint.api_key else ""
+        endpoint = msgspec.structs.replace(self.endpoint, api_key=key)
+        return msgspec.structs.replace(self, endpoint=endpoint)
+
     def at_rate(self, rate: float, natural: float, seed: int) -> Self:
         """The same load at another mean rate in requests/s; `natural` is a trace's own rate."""
         if self.trace is None:

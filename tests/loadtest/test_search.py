@@ -8,6 +8,7 @@ import pytest
 
 from loadtest.api import Endpoint
 from loadtest.errors import OptionError
+from loadtest.files import encode
 from loadtest.mdc import Queue
 from loadtest.probing import Bounds, search, sweep
 from loadtest.search import Probe, Search, Trial, crossing
@@ -103,7 +104,7 @@ def test_the_crossing_lies_between_the_nearest_probes():
 
 def spec_of(port: int, slo: str) -> Spec:
     return Spec(
-        endpoint=Endpoint(f"http://127.0.0.1:{port}", "known"),
+        endpoint=Endpoint(f"http://127.0.0.1:{port}", "known", api_key="secret"),
         classes=[SloClass("all", parse(slo))],
         input=Sizes(1, 1),
         output=Sizes(1, 1),
@@ -115,14 +116,15 @@ async def test_a_search_finds_a_real_servers_knee_and_leaves_it_idle(checked):
     """Two slots of 20 ms saturate at 100/s; the bounds are wide, since tests share their cores."""
     async with Server(Behaviour(ttft=0.02, itl=0, slots=2)) as server:
         bounds = Bounds(least=60, most=150, seconds=2, tolerance=0.5)
-        spec = spec_of(server.port, "ttft=60ms,tpot=1s")
+        spec = spec_of(server.port, "ttft=200ms,tpot=1s")
         told = []
         report = await search(spec, 40, bounds, told.append)
     assert told == report.measured
-    assert 45 < report.capacity < 130
+    assert 20 < report.capacity < 140
     assert report.held < report.failed
     first = report.measured[0]
     assert [scale for scale, _ in first.scales] == sorted(scale for scale, _ in first.scales)
+    assert b"secret" not in encode(report)
     html = page(report)
     assert checked(html).tags.count("svg") == 2
     assert "highest rate" in html
