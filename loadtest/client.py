@@ -71,7 +71,7 @@ class Exchange:
 
     def begin(self, response: Response) -> None:
         self.status = response.status
-        if response.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+        if response.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
             self._events = Events()
 
     def receive(self, body: bytes, now: float) -> None:

@@ -77,6 +77,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recovery: float = 5.0
     check_tokens: bool = True  # by an unbroken reference run of the same requests
 
+    def check_within(self, last: float) -> None:
+        """Raises OptionError when a fault comes after the last request and would hurt nobody."""
+        for number, fault in enumerate(self.fault, 1):
+            if fault.at >= last:
+                raise OptionError(
+                    f"--faults: fault {number}: at",
+                    f"{fault.at:g} s, but the last request is due at {last:.1f} s",
+                )
+
     def windows(self) -> list[tuple[float, float]]:
         return [(fault.at, fault.at + fault.lasts + self.recovery) for fault in self.fault]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LEAD = 0.05  # seconds from "ready" to the first request
-_LEAD_PROCESSES = 1.0  # while client processes start
+_READY_LIMIT = 30.0  # seconds for client processes to start
 _TOLD_EVERY = 0.25
 _FRAME_LIMIT = 256 * 1024 * 1024
 
@@ -57,17 +57,27 @@ class Measurement:
             self._begin(_LEAD)
             parts = [await runner.run(self.start)]
         else:
-            self._begin(_LEAD_PROCESSES)
-            processes = [await self._spawn(part) for part in range(self.spec.processes)]
-            self._stop = partial(_hang_up, processes)
-            try:
-                parts = await asyncio.gather(*(self._listen(process) for process in processes))
-            finally:
-                for process in processes:
-                    await _end(process)
+            parts = await self._run_processes()
         ordered = sorted(self.outcomes, key=lambda outcome: outcome.scheduled)
         began = time() - (monotonic() - self.start)
         return Run(self.spec, self.workload, ordered, list(parts), began)
+
+    async def _run_processes(self) -> list[Part]:
+        processes = [await self._spawn(part) for part in range(self.spec.processes)]
+        self._stop = partial(_hang_up, processes)
+        try:
+            async with asyncio.timeout(_READY_LIMIT):
+                for process in processes:
+                    await _news(process)  # it is ready
+            self._begin(_LEAD)
+            for process in processes:
+                _write(process, _Start(self.start))
+            return await asyncio.gather(*(self._listen(process) for process in processes))
+        except TimeoutError:
+            raise LoadtestError(f"client processes did not start in {_READY_LIMIT:g} s") from None
+        finally:
+            for process in processes:
+                await _end(process)
 
     def _begin(self, lead: float) -> None:
         self.start = monotonic() + lead
@@ -82,18 +92,12 @@ class Measurement:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        assert process.stdin is not None, "a pipe was asked for"
-        process.stdin.write(_frame(_Order(self.spec, part, self.start)))
-        await process.stdin.drain()
+        _write(process, _Order(self.spec, part))
         return process
 
     async def _listen(self, process: asyncio.subprocess.Process) -> Part:
-        assert process.stdout is not None, "a pipe was asked for"
         while True:
-            try:
-                news = msgspec.msgpack.decode(await _read_frame(process.stdout), type=_News)
-            except asyncio.IncompleteReadError:
-                raise LoadtestError("a client process of the load test ended by itself") from None
+            news = await _news(process)
             self.outcomes.extend(news.outcomes)
             if news.part is not None:
                 return news.part
@@ -102,7 +106,10 @@ class Measurement:
 class _Order(msgspec.Struct):
     spec: Spec
     part: int
-    start: float  # CLOCK_MONOTONIC is one for all processes of a machine
+
+
+class _Start(msgspec.Struct):
+    at: float  # CLOCK_MONOTONIC is one for all processes of a machine
 
 
 class _News(msgspec.Struct):
@@ -119,10 +126,9 @@ async def serve_part() -> None:
     unsent: list[Outcome] = []
 
     def tell(part: Part | None = None) -> None:
-        if unsent or part:
-            sys.stdout.buffer.write(_frame(_News(unsent, part)))
-            sys.stdout.buffer.flush()
-            unsent.clear()
+        sys.stdout.buffer.write(_frame(_News(unsent, part)))
+        sys.stdout.buffer.flush()
+        unsent.clear()
 
     async def tell_often() -> None:
         while True:
@@ -135,8 +141,10 @@ async def serve_part() -> None:
 
     workload = Workload(order.spec)
     runner = Runner(order.spec, workload, unsent.append, order.part, order.spec.processes)
+    tell()  # ready
+    start = msgspec.msgpack.decode(await _read_frame(stdin), type=_Start)
     helpers = [loop.create_task(tell_often()), loop.create_task(obey())]
-    part = await runner.run(order.start)
+    part = await runner.run(start.at)
     for helper in helpers:
         helper.cancel()
     tell(part)
@@ -149,6 +157,19 @@ def _frame(message: msgspec.Struct) -> bytes:
 
 async def _read_frame(reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+
+
+def _write(process: asyncio.subprocess.Process, message: msgspec.Struct) -> None:
+    assert process.stdin is not None, "a pipe was asked for"
+    process.stdin.write(_frame(message))
+
+
+async def _news(process: asyncio.subprocess.Process) -> _News:
+    assert process.stdout is not None, "a pipe was asked for"
+    try:
+        return msgspec.msgpack.decode(await _read_frame(process.stdout), type=_News)
+    except asyncio.IncompleteReadError:
+        raise LoadtestError("a client process of the load test ended by itself") from None
 
 
 def _hang_up(processes: list[asyncio.subprocess.Process]) -> None:

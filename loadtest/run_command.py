@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -63,8 +64,9 @@ async def _measured(spec: Spec, args: argparse.Namespace) -> Run:
 async def _broken(spec: Spec, args: argparse.Namespace, plan: Plan) -> tuple[Run, FaultReport]:
     """The same requests twice: unbroken, as the reference, and with the faults."""
     spec = msgspec.structs.replace(spec, keep_text=plan.check_tokens)
-    reference = await _measured(spec, args) if plan.check_tokens else None
     measurement = Measurement(spec)
+    plan.check_within(max(measurement.workload.times, default=math.inf))
+    reference = await _measured(spec, args) if plan.check_tokens else None
     saboteur = Saboteur(plan, lambda: measurement.start)
     async with Live(measurement, quiet=args.json):
         with _stopped_by_ctrl_c(measurement):

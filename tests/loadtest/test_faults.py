@@ -147,6 +147,13 @@ def test_a_plan_is_read(tmp_path):
     assert plan.windows() == [(10, 18), (30, 35)]
 
 
+def test_a_fault_after_the_last_request_is_refused():
+    plan = Plan([Fault("kill", at=10, pid=99)])
+    plan.check_within(10.1)
+    with pytest.raises(OptionError, match="fault 1: at"):
+        plan.check_within(9.9)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -128,6 +128,19 @@ async def test_several_client_processes_send_one_schedule():
 
 
 @pytest.mark.asyncio
+async def test_client_processes_stop_when_they_are_told_to():
+    async with Server(Behaviour(ttft=60)) as server:
+        spec = spec_of(server.port, requests=None, duration=600.0, processes=2)
+        measurement = Measurement(spec)
+        running = asyncio.create_task(measurement.run())
+        await measurement.started.wait()
+        asyncio.get_running_loop().call_later(0.3, measurement.stop)
+        found = await asyncio.wait_for(running, 10)
+    assert [part.stopped for part in found.parts] == [True, True]
+    assert {o.error for o in found.outcomes} == {"unfinished"}
+
+
+@pytest.mark.asyncio
 async def test_an_endpoint_that_is_not_there_fails_each_request():
     found = await Measurement(spec_of(1, requests=3)).run()
     assert [o.error for o in found.outcomes] == ["connect"] * 3
