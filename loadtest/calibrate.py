@@ -51,20 +51,17 @@ class Calibration(msgspec.Struct):
     checks: list[Check]
     stall_expected: float
     stall_measured: float
+    accurate: bool = False  # median within 1 ms, p99 within 3 ms, the stall within one point
+    valid: bool = False
     schema: Literal["motley.loadtest.calibration/1"] = "motley.loadtest.calibration/1"
 
-    @property
-    def accurate(self) -> bool:
-        """Median within 1 ms, p99 within 3 ms, the stall within one point."""
+    def __post_init__(self) -> None:
         errors = (self.ttft_error, self.tpot_error, self.itl_error)
-        return (
+        self.accurate = (
             all(error.p50 <= 1e-3 and error.p99 <= 3e-3 for error in errors)
             and abs(self.stall_measured - self.stall_expected) <= 0.01
         )
-
-    @property
-    def valid(self) -> bool:
-        return all(check.ok for check in self.checks)
+        self.valid = all(check.ok for check in self.checks)
 
 
 async def calibrate(behaviour: Behaviour, load: Load) -> Calibration:

@@ -40,18 +40,14 @@ class Line(msgspec.Struct):
     low: float
     high: float
     better: Literal["lower", "higher"]
+    verdict: Literal["same", "better", "worse"] = "same"  # of B, derived
 
-    @property
-    def significant(self) -> bool:
-        """Beyond chance, and beyond what anybody minds: 1 % of A."""
+    def __post_init__(self) -> None:
+        """Different is what is beyond chance, and beyond what anybody minds: 1 % of A."""
         beyond_chance = self.low > 0 or self.high < 0
-        return beyond_chance and abs(self.b - self.a) > _NEGLIGIBLE * abs(self.a)
-
-    @property
-    def verdict(self) -> Literal["same", "better", "worse"]:
-        if not self.significant:
-            return "same"
-        return "better" if (self.b < self.a) == (self.better == "lower") else "worse"
+        if beyond_chance and abs(self.b - self.a) > _NEGLIGIBLE * abs(self.a):
+            improved = (self.b < self.a) == (self.better == "lower")
+            self.verdict = "better" if improved else "worse"
 
 
 class Comparison(msgspec.Struct):

@@ -58,11 +58,11 @@ class SearchReport(msgspec.Struct):
     held: float | None
     failed: float | None
     measured: list[Measured]
+    valid: bool = False  # derived, for readers of the JSON
     schema: Literal["motley.loadtest.search/1"] = "motley.loadtest.search/1"
 
-    @property
-    def valid(self) -> bool:
-        return all(measured.valid for measured in self.measured)
+    def __post_init__(self) -> None:
+        self.valid = all(measured.valid for measured in self.measured)
 
 
 async def search(

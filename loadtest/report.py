@@ -110,20 +110,15 @@ class Report(msgspec.Struct):
     client: Client
     columns: dict[str, list[float]]  # per request in order of schedule
     faults: FaultReport | None = None
+    valid: bool = False  # these three are derived, for readers of the JSON
+    attained: bool = False
+    share: float = 0.0  # joint attainment over all classes
     schema: Literal["motley.loadtest.run/1"] = "motley.loadtest.run/1"
 
-    @property
-    def valid(self) -> bool:
-        return all(check.ok for check in self.checks)
-
-    @property
-    def attained(self) -> bool:
-        return all(group.attained for group in self.classes)
-
-    @property
-    def share(self) -> float:
-        """Joint attainment over all classes."""
-        return self.totals.met / self.totals.scheduled if self.totals.scheduled else 0.0
+    def __post_init__(self) -> None:
+        self.valid = all(check.ok for check in self.checks)
+        self.attained = all(group.attained for group in self.classes)
+        self.share = self.totals.met / max(1, self.totals.scheduled)
 
 
 def build(

@@ -26,10 +26,10 @@ class Check(msgspec.Struct):
     limit: float
     unit: str
     advice: str
+    ok: bool = False  # derived, for readers of the JSON
 
-    @property
-    def ok(self) -> bool:
-        return self.value <= self.limit
+    def __post_init__(self) -> None:
+        self.ok = self.value <= self.limit
 
 
 def check(run: Run) -> list[Check]:

@@ -67,7 +67,18 @@ def test_a_run_writes_all_its_reports(url, tmp_path, capsys):
 
 def test_json_is_all_that_is_printed_when_asked(url, capsys):
     assert main(load(url, "--json")) in (0, 3)
-    assert json.loads(capsys.readouterr().out)["totals"]["scheduled"] == 40
+    report = json.loads(capsys.readouterr().out)
+    assert report["totals"]["scheduled"] == 40
+    assert (report["attained"], report["share"]) == (True, 1.0)
+    assert report["valid"] == all(check["ok"] for check in report["checks"])
+
+
+def test_a_reader_that_goes_away_is_no_error(url):
+    with start(*load(url, "--json")) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(10) == 141
+    assert err == ""
 
 
 def test_without_a_command_it_is_a_run(url, capsys):
