@@ -125,16 +125,24 @@ def _worker(options: argparse.Namespace) -> None:
 def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
     from workers.build import EngineOptions
 
-    bound = options.itl_bound_ms / 1000 if options.itl_bound_ms else None
-    return EngineOptions(options.kv_tokens, threads, bound, options.speculate)
+    return EngineOptions(
+        kv_tokens=options.kv_tokens,
+        threads=threads,
+        mode=options.mode,
+        quantize=options.quantize,
+        itl_bound_s=options.itl_bound_ms / 1000 if options.itl_bound_ms else None,
+        speculate=options.speculate,
+    )
 
 
 def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
     """What `motley serve` was told about each worker's engine, as arguments of `motley worker`."""
-    bound = ("--itl-bound-ms", str(options.itl_bound_ms)) if options.itl_bound_ms else ()
-    speculate = () if options.speculate else ("--no-speculation",)
-    verbose = ("--verbose",) if options.verbose else ()
-    return ("--kv-tokens", str(options.kv_tokens), *bound, *speculate, *verbose)
+    words = ["--kv-tokens", str(options.kv_tokens), "--mode", options.mode]
+    words += ["--quantize", options.quantize] if options.quantize else []
+    words += ["--itl-bound-ms", str(options.itl_bound_ms)] if options.itl_bound_ms else []
+    words += [] if options.speculate else ["--no-speculation"]
+    words += ["--verbose"] if options.verbose else []
+    return tuple(words)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -245,6 +253,15 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         default=16384,
         metavar="N",
         help="tokens of KV cache of a worker (default 16384)",
+    )
+    command.add_argument(
+        "--mode",
+        choices=["fast", "exact"],
+        default="fast",
+        help="fast: int8 activations, fp16 KV cache (default); exact: fp32 throughout",
+    )
+    command.add_argument(
+        "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"
     )
     command.add_argument(
         "--no-speculation",

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 SHAPES = {
-    "prefill + decode": ("--prefill", "1", "--decode", "1"),
-    "mixed": ("--prefill", "0", "--decode", "0", "--mixed", "1"),
+    "prefill + decode": ("--mode", "exact", "--prefill", "1", "--decode", "1"),
+    "mixed": ("--mode", "exact", "--prefill", "0", "--decode", "0", "--mixed", "1"),
 }
 AT_ONCE = (1, 16)
 

@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool, blocks_for
@@ -15,11 +15,16 @@ from scheduler.errors import SetupError
 from scheduler.pacing import Pace
 from workers.engine import Engine
 from workers.fake import FakeRunner, FakeText, parse_options
+from workers.speculate import MOST_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.messages import Rates
+    from workers.runner import Runner
+    from workers.weights.checkpoint import Checkpoint
+
+Mode = Literal["fast", "exact"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ class EngineOptions:
 
     kv_tokens: int
     threads: int
+    mode: Mode = "fast"
+    quantize: Literal["int4", "int8"] | None = None  # of safetensors
     itl_bound_s: float | None = None  # a step beside decodes should not take longer
     speculate: bool = True
     max_step_tokens: int = 512
@@ -88,14 +95,13 @@ def _kind(location: str) -> str:
 def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Engine, Rates]:
     with _engine_installed():
         from workers.measure import measure
-        from workers.native import NativeRunner
         from workers.text import Text
         from workers.weights.checkpoint import open_checkpoint
     started = time.perf_counter()
-    checkpoint = open_checkpoint(Path(model.location))
+    checkpoint = open_checkpoint(Path(model.location), options.quantize)
     try:
         text = Text.from_checkpoint(checkpoint)
-        runner = NativeRunner(checkpoint, batcher.pool.size, options.threads)
+        runner = _runner(checkpoint, options, batcher)
     finally:
         checkpoint.close()
     rates = measure(runner)
@@ -107,6 +113,23 @@ def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Eng
         1000 * rates.decode_s_per_token,
     )
     return Engine(runner, text, batcher, speculate=options.speculate), rates
+
+
+def _runner(checkpoint: Checkpoint, options: EngineOptions, batcher: Batcher) -> Runner:
+    """Of the mode that was asked for, or of `exact` where `fast` cannot be."""
+    from kernels import dispatch
+    from workers.fast_model import objection
+    from workers.native import NativeRunner
+
+    blocks = batcher.pool.size
+    if options.mode == "fast" and dispatch.instruction_sets():
+        if not (reason := objection(checkpoint.shape)):
+            from workers.fast import FastRunner
+
+            rows = options.max_step_tokens + MOST_ROWS
+            return FastRunner(checkpoint, blocks, options.threads, rows)
+        logger.warning("this model runs in exact mode, several times slower, since %s", reason)
+    return NativeRunner(checkpoint, blocks, options.threads)
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class WorkerService:
         self._rates = rates
         cache = engine.runner.cache
         fingerprint = f"{engine.text.fingerprint}:{cache.layers}x{cache.kv_heads}x{cache.head_dim}"
+        fingerprint += f":{cache.dtype}"
         self._fingerprint = fingerprint
         self._loop = EngineLoop(engine, self._on_outputs, self._on_broken)
         self._sender = KvSender(config.name, fingerprint, cache, config.secret)

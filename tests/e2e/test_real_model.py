@@ -30,8 +30,9 @@ async def complete_all(cluster, prompts: list[str]) -> list[str]:
 
 
 @pytest.mark.asyncio
-async def test_the_openai_client_chats_and_a_split_answer_is_the_whole_one(serve):
-    with serve(MODEL, "--prefill", "1", "--decode", "1") as split:
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+async def test_the_openai_client_chats_and_a_split_answer_is_the_whole_one(serve, mode):
+    with serve(MODEL, "--mode", mode, "--prefill", "1", "--decode", "1") as split:
         async with client(split) as api:
             stream = await api.chat.completions.create(
                 model=MODEL,
@@ -47,6 +48,7 @@ async def test_the_openai_client_chats_and_a_split_answer_is_the_whole_one(serve
         apart = await complete_all(split, PROMPTS)
         assert split.metric("motley_worker_tokens_total", "decode-0") > 0
         assert split.metric("motley_worker_kv_bytes_sent_total", "prefill-0") > 0
-    with serve(MODEL, "--prefill", "0", "--decode", "0", "--mixed", "1") as mixed:
+    shape = ("--prefill", "0", "--decode", "0", "--mixed", "1")
+    with serve(MODEL, "--mode", mode, *shape) as mixed:
         assert await complete_all(mixed, PROMPTS) == apart
         assert [(await complete_all(mixed, [prompt]))[0] for prompt in PROMPTS] == apart

@@ -1,0 +1,59 @@
+"""The fast runner: a step's slices become one call of the CPU kernels, the sampler draws."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.program import Pool, Span
+from scheduler.blocks import blocks_for
+from workers.fast_model import HEAD_ROWS, FastModel
+from workers.kv_cache import KvCache
+from workers.native import make_draws
+from workers.reading import read
+from workers.runner import NO_WISHES
+from workers.sampling import sample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scheduler.batching import Slice
+    from workers.runner import Sampled, Wishes
+    from workers.weights.checkpoint import Checkpoint
+
+KV_DTYPE = "float16"
+
+
+class FastRunner:
+    """Runner on this machine's CPU, in `fast` mode: for steps of at most `max_rows` rows."""
+
+    def __init__(self, checkpoint: Checkpoint, kv_blocks: int, threads: int, max_rows: int) -> None:
+        torch.set_num_threads(threads)
+        self.vocab = checkpoint.shape.vocab
+        self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
+        self.model = FastModel(checkpoint, self.cache, Pool(threads), max_rows)
+
+    def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
+        """See Runner.run."""
+        tokens: list[int] = []
+        drawn: list[int] = []
+        spans: list[Span] = []
+        for piece in slices:
+            rows = piece.tokens
+            blocks = piece.sequence.blocks[: blocks_for(piece.start + len(rows))]
+            spans.append(Span(len(tokens), len(rows), piece.start, blocks))
+            tokens += rows
+            if piece.choices:
+                drawn += range(len(tokens) - 1 - len(piece.draft), len(tokens))
+        self.model.program.run(tokens, spans, drawn)
+        if wishes.readings:
+            hidden = torch.from_numpy(self.model.x.data[: len(tokens)])
+            read(slices, hidden, self._logits, wishes.readings)
+        logits = torch.from_numpy(self.model.drawn_logits.data[: len(drawn)])
+        return sample(logits, make_draws(slices, wishes.masks))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, D] -> [n, V]."""
+        assert len(hidden) <= HEAD_ROWS, f"{len(hidden)} rows read at a time"
+        return torch.from_numpy(self.model.logits(hidden.numpy()))

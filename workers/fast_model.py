@@ -1,0 +1,153 @@
+"""A decoder of the Llama family as a program of CPU kernels (`fast` mode).
+
+The same straight lines as workers/model.py, said once when the model is loaded: weights stay in
+their quantised blocks, activations are rounded to int8, and a whole step is one call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from kernels.program import FORMATS, Acts, Floats, HeadCounts, Matrix, Pool, Program, QkvExtras
+from workers.weights.quantise import quantise
+
+if TYPE_CHECKING:
+    from scheduler.models import ModelShape
+    from workers.kv_cache import KvCache
+    from workers.weights.checkpoint import Checkpoint
+
+    Array = np.ndarray[Any, Any]
+
+HEAD_ROWS = 64  # hidden rows that `FastModel.logits` takes at a time
+
+
+def objection(shape: ModelShape) -> str | None:
+    """Why this model cannot run in `fast` mode, or None."""
+    if shape.experts:
+        return "it has experts"
+    if any(width % 32 for width in (shape.hidden, shape.heads * shape.head_dim, shape.ffn)):
+        return "its widths are not multiples of 32"
+    return None
+
+
+class FastModel:
+    """Weights in memory, and the program that runs a step over them.
+
+    After `program.run`, `x` [T, D] holds the last layer's output and `drawn_logits` [n, V] the
+    logits of the drawn rows.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, cache: KvCache, pool: Pool, max_rows: int) -> None:
+        shape = self.shape = checkpoint.shape
+        self._checkpoint = checkpoint
+        self._cache = cache
+        program = self.program = Program(pool, max_rows)
+        self._table = self._matrix("model.embed_tokens.weight")
+        self._head = self._table if shape.tied_embeddings else self._matrix("lm_head.weight")
+        self._norm = self._vector("model.norm.weight")
+        self.x = program.floats(shape.hidden)
+        self._angles = program.floats(shape.head_dim)
+        self._normed = program.acts(shape.hidden)
+        self._qkv = program.floats((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self._mixed = program.floats(shape.heads * shape.head_dim)
+        self._mixed_acts = program.acts(shape.heads * shape.head_dim)
+        self._gate_up = program.floats(2 * shape.ffn)
+        self._inner = program.acts(shape.ffn)
+        program.embed(self._table, self.x)
+        program.angles(_frequencies(shape), self._angles, shape.rope_magnitude)
+        for number in range(shape.layers):
+            self._attention(number)
+            self._feed_forward(number)
+        drawn = program.floats(shape.hidden)
+        program.gather(self.x, drawn)
+        self.drawn_logits = self._say(program, drawn, self._normed)
+        self._reader = Program(pool, HEAD_ROWS)
+        self._read_from = self._reader.floats(shape.hidden)
+        self._read_logits = self._say(
+            self._reader, self._read_from, self._reader.acts(shape.hidden)
+        )
+        del self._checkpoint  # everything is in memory
+
+    def logits(self, hidden: Array) -> Array:
+        """Rows of `x` [n, D], at most HEAD_ROWS -> [n, V], valid until the next call."""
+        rows = len(hidden)
+        self._read_from.data[:rows] = hidden
+        self._reader.run([0] * rows, [], range(rows))
+        return self._read_logits.data[:rows]
+
+    def _attention(self, number: int) -> None:
+        """x += attention(norm(x)), by way of the layer's cache."""
+        shape, program = self.shape, self.program
+        prefix = f"model.layers.{number}.self_attn."
+        heads = HeadCounts(shape.heads, shape.kv_heads, shape.head_dim)
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        cache = self._cache.data[number]
+        self._normalise(number, "input_layernorm")
+        first = 0
+        for name, width in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            columns = self._qkv.columns(first, first + width)
+            matrix = self._matrix(f"{prefix}{name}.weight")
+            program.matmul(matrix, self._normed, columns, wait=first == 0)
+            first += width
+        program.rope(self._qkv, self._angles, heads, cache, self._extras(prefix))
+        window = shape.window if number in shape.window_layers else 0
+        program.attention(self._qkv, heads, cache, self._mixed, window)
+        program.quantise(self._mixed, self._mixed_acts)
+        program.matmul(self._matrix(f"{prefix}o_proj.weight"), self._mixed_acts, self.x, add=True)
+
+    def _feed_forward(self, number: int) -> None:
+        """x += down(silu(gate) · up) of norm(x)."""
+        program, ffn = self.program, self.shape.ffn
+        prefix = f"model.layers.{number}.mlp."
+        self._normalise(number, "post_attention_layernorm")
+        gate, up = self._gate_up.columns(0, ffn), self._gate_up.columns(ffn, 2 * ffn)
+        program.matmul(self._matrix(f"{prefix}gate_proj.weight"), self._normed, gate)
+        program.matmul(self._matrix(f"{prefix}up_proj.weight"), self._normed, up, wait=False)
+        program.silu_mul(self._gate_up, self._inner)
+        program.matmul(self._matrix(f"{prefix}down_proj.weight"), self._inner, self.x, add=True)
+
+    def _normalise(self, number: int, name: str) -> None:
+        weight = self._vector(f"model.layers.{number}.{name}.weight")
+        self.program.norm(self.x, weight, self.shape.norm_eps, self._normed)
+
+    def _extras(self, prefix: str) -> QkvExtras:
+        """Biases and head norms, where the model has them."""
+        bias = query_norm = key_norm = None
+        if self.shape.qkv_bias:
+            names = ("q_proj", "k_proj", "v_proj")
+            bias = np.concatenate([self._vector(f"{prefix}{name}.bias") for name in names])
+        if self.shape.qk_norm:
+            query_norm = self._vector(f"{prefix}q_norm.weight")
+            key_norm = self._vector(f"{prefix}k_norm.weight")
+        return QkvExtras(bias, query_norm, key_norm, self.shape.norm_eps)
+
+    def _say(self, program: Program, hidden: Floats, normed: Acts) -> Floats:
+        """The head: logits of the rows of `hidden`."""
+        out = program.floats(self.shape.vocab)
+        program.norm(hidden, self._norm, self.shape.norm_eps, normed)
+        program.matmul(self._head, normed, out)
+        return out
+
+    def _vector(self, name: str) -> Array:
+        return self._checkpoint.tensor(name).numpy()
+
+    def _matrix(self, name: str) -> Matrix:
+        """A weight in its own blocks, or in Q8_0 where the kernels do not know its format."""
+        stored = self._checkpoint.stored(name)
+        if stored is None or stored.kind.name not in FORMATS:
+            weight = self._checkpoint.tensor(name).numpy()
+            stored = quantise(weight, GGMLQuantizationType.Q8_0)
+        outputs, inputs = stored.dims
+        return Matrix(stored.kind.name, outputs, inputs, stored.data)
+
+
+def _frequencies(shape: ModelShape) -> Array:
+    """Rotary frequencies [E/2]: theta^(-2i/E), divided as the model's scaling says."""
+    exponents = np.arange(0, shape.head_dim, 2, dtype=np.float64) / shape.head_dim
+    frequencies = shape.rope_theta**-exponents
+    if shape.rope_divisors:
+        frequencies = frequencies / np.array(shape.rope_divisors)
+    return frequencies.astype(np.float32)
