@@ -31,10 +31,13 @@ $(VENV)/.venv:
 	  { echo "python3 lacks its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.engine: $(VENV)/.venv pyproject.toml
+# What the installation compiles or reads.
+SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+$(VENV)/.engine: $(VENV)/.venv $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[engine]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.engine pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[engine,test,lint]'
+$(VENV)/.dev: $(VENV)/.engine
+	$(BIN)/python -m pip install --quiet --editable '.[engine,plan,test,lint]'
 	@touch $@
