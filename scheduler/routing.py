@@ -34,6 +34,7 @@ class WorkerView:
     role: Role
     address: Address
     rates: Rates
+    kv_tokens: int = 1 << 62  # that its KV cache holds
     queued_tokens: int = 0  # prompt tokens sent to it and not yet through prefill
     running: int = 0  # sequences it decodes, or will
     draining: bool = False
@@ -91,22 +92,26 @@ Priced = tuple[float, float, str, Peer | None]  # seconds in all, seconds to fir
 
 def _split(prompt: int, output: int, workers: Sequence[WorkerView]) -> Iterator[Priced]:
     """Prefill on one worker, decode on another."""
-    decodes = [w for w in workers if w.role is Role.DECODE]
+    decodes = _roomy((w for w in workers if w.role is Role.DECODE), prompt + output)
     if not decodes:
         return
     decode = min(decodes, key=lambda w: (w.decode_s(output), w.name))
-    for prefill in workers:
-        if prefill.role is Role.PREFILL:
-            wait = prefill.prefill_s(prompt)
-            peer = Peer(decode.name, decode.address)
-            yield wait + decode.decode_s(output), wait, prefill.name, peer
+    for prefill in _roomy((w for w in workers if w.role is Role.PREFILL), prompt):
+        wait = prefill.prefill_s(prompt)
+        peer = Peer(decode.name, decode.address)
+        yield wait + decode.decode_s(output), wait, prefill.name, peer
 
 
 def _whole(
     prompt: int, output: int, workers: Iterable[WorkerView], roles: set[Role]
 ) -> Iterator[Priced]:
     """Everything on one worker."""
-    for worker in workers:
-        if worker.role in roles:
-            wait = worker.prefill_s(prompt)
-            yield wait + worker.decode_s(output), wait, worker.name, None
+    for worker in _roomy((w for w in workers if w.role in roles), prompt + output):
+        wait = worker.prefill_s(prompt)
+        yield wait + worker.decode_s(output), wait, worker.name, None
+
+
+def _roomy(workers: Iterable[WorkerView], tokens: int) -> list[WorkerView]:
+    """Those whose KV cache holds so many tokens, or all if none does: it is an estimate."""
+    known = list(workers)
+    return [w for w in known if w.kv_tokens >= tokens] or known

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError
 from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
+from scheduler.models import BLOCK_TOKENS
 from scheduler.routing import Route, WorkerView, choose
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Member:
             role=join.role,
             address=join.address,
             rates=join.rates,
+            kv_tokens=join.kv_blocks * BLOCK_TOKENS,
             queued_tokens=self.queued_tokens,
             running=self.running,
             draining=self.draining,

@@ -25,6 +25,9 @@ from loadtest.spec import Spec
 
 QUICK = Behaviour(ttft=0.01, itl=0.002)
 
+# What real time shows, a machine whose cores are taken cannot: it gets further tries.
+REAL_TIME = pytest.mark.flaky(reruns=4, reruns_delay=1)
+
 
 def spec_of(port: int, **changes) -> Spec:
     spec = Spec(
@@ -44,6 +47,7 @@ async def run(behaviour: Behaviour = QUICK, **changes):
 
 
 @pytest.mark.asyncio
+@REAL_TIME
 async def test_an_open_loop_sends_on_time_and_measures_the_servers_own_times():
     found = await run()
     assert [round(o.scheduled, 3) for o in found.outcomes] == [at / 200 for at in range(40)]
@@ -56,6 +60,7 @@ async def test_an_open_loop_sends_on_time_and_measures_the_servers_own_times():
 
 
 @pytest.mark.asyncio
+@REAL_TIME
 async def test_a_stalled_server_does_not_hold_back_the_schedule():
     """One slot of 20 ms for 40 requests in 0.2 s: the last waits some 0.6 s, measured as such."""
     found = await run(Behaviour(ttft=0.02, itl=0, slots=1), output=Sizes(1, 1))
@@ -65,6 +70,7 @@ async def test_a_stalled_server_does_not_hold_back_the_schedule():
 
 
 @pytest.mark.asyncio
+@REAL_TIME
 async def test_a_closed_loop_keeps_its_users_busy():
     found = await run(concurrency=4)
     assert len(found.outcomes) == 40

@@ -55,6 +55,14 @@ TABLE = {
         [worker("p", P, queued_tokens=500), worker("d", D), worker("m", M)],
         Route("m"),
     ),
+    "room for the whole request before speed": (
+        [worker("p", P), worker("d", D, kv_tokens=100), worker("e", D, SLOW, kv_tokens=4000)],
+        Route("p", peer("e")),
+    ),
+    "too little room everywhere: the worker itself will say so": (
+        [worker("p", P), worker("d", D, kv_tokens=50), worker("e", D, SLOW, kv_tokens=60)],
+        Route("p", peer("d")),
+    ),
     "equals: by name, so that two routers agree": (
         [worker("b", M), worker("a", M)],
         Route("a"),
