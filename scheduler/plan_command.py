@@ -7,10 +7,11 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from scheduler import goodput_command
 from scheduler.errors import SetupError
 
 if TYPE_CHECKING:
@@ -18,41 +19,140 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.plan import Plan
+    from scheduler.planner_columns import Built
 
 EXAMPLES = """\
 examples:
+  motley plan service.toml                      # a table
+  motley plan service.toml --explain            # and why, what more would save, what is missing
+  motley plan service.toml --json --output plan.json
   motley plan --problem problem.json --json     # straight to the solver
   motley plan --problem problem.json --slices 8 # Mélange's form, to compare with
+  motley plan --goodput --model opt-13b --gpu A100-80GB --gpus 4 --ttft-ms 200 --tpot-ms 100
 """
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("service", nargs="?", type=Path, metavar="SERVICE.toml")
     command.add_argument("--problem", type=Path, metavar="FILE.json", help="buckets and columns")
-    command.add_argument("--json", action="store_true", help="print the plan as JSON")
-    command.add_argument("--output", type=Path, metavar="PLAN.json", help="the plan as a file")
+    command.add_argument("--goodput", action="store_true", help="the best rate of one GPU type")
+    command.add_argument("--json", action="store_true", help="print the answer as JSON")
+    command.add_argument("--output", type=Path, metavar="PLAN.json", help="the answer as a file")
+    command.add_argument("--explain", action="store_true", help="say why; solves some 20 times")
     command.add_argument(
-        "--slices", type=int, metavar="S", help="multiples of 1/S only, as Mélange routes"
+        "--previous", type=Path, metavar="PLAN.json", help="what runs now: switching has its cost"
     )
     command.add_argument(
-        "--time-limit", type=float, default=60.0, metavar="S", help="seconds (default 60)"
+        "--slices", type=int, metavar="S", help="shares in multiples of 1/S, as Mélange routes"
     )
     command.add_argument(
-        "--gap", type=float, default=0.0, help="stop within this share of the least cost"
+        "--time-limit", type=float, metavar="S", help="seconds (default 60, or the service's)"
     )
+    command.add_argument("--gap", type=float, help="stop within this share of the least cost")
+    goodput_command.add_arguments(command)
 
 
 def run(options: argparse.Namespace) -> None:
     """Raises SetupError that names what the operator must change."""
-    if options.problem is None:
-        raise SetupError("say what to plan for: --problem FILE.json")
+    chosen = [bool(options.service), bool(options.problem), options.goodput]
+    if sum(chosen) != 1:
+        raise SetupError("say what to plan for: SERVICE.toml, --problem FILE.json, or --goodput")
+    _check(options)
+    if options.goodput:
+        _goodput(options)
+    elif options.problem:
+        _problem(options)
+    else:
+        _service(options)
+
+
+def _check(options: argparse.Namespace) -> None:
     if options.slices is not None and options.slices < 1:
         raise SetupError(f"--slices {options.slices}: at least 1")
-    if not options.time_limit > 0:
+    if options.time_limit is not None and not options.time_limit > 0:
         raise SetupError(f"--time-limit {options.time_limit:g}: above 0 seconds")
-    if not 0 <= options.gap < 1:
+    if options.gap is not None and not 0 <= options.gap < 1:
         raise SetupError(f"--gap {options.gap:g}: a share, 0 or above and below 1")
-    plan = _solve_problem(options)
-    encoded = msgspec.json.format(msgspec.json.encode(plan), indent=2)
+
+
+def _problem(options: argparse.Namespace) -> None:
+    from scheduler.plan_report import plan_tables
+    from scheduler.planner import make_plan
+    from scheduler.planner_model import Options
+    from scheduler.problem import read_problem
+
+    problem = read_problem(options.problem)
+    with quiet():
+        plan = make_plan(problem, _asked(options, Options()), time.perf_counter)
+    _write(options, msgspec.to_builtins(plan), list(plan_tables(problem, plan)))
+
+
+def _service(options: argparse.Namespace) -> None:
+    from scheduler.explain import explain
+    from scheduler.plan_report import explanation_lines, plan_tables
+    from scheduler.planner import make_plan
+    from scheduler.planner_columns import build
+    from scheduler.service_file import read_service
+
+    service = read_service(options.service)
+    built = build(service, _replicas(options.previous))
+    built = built._replace(options=_asked(options, built.options))
+    with quiet():
+        plan = make_plan(built.problem, built.options, time.perf_counter)
+    answer = msgspec.to_builtins(plan) | _details(built, plan)
+    shown = list(plan_tables(built.problem, plan, built.facts))
+    if options.explain:
+        with quiet():
+            why = explain(service, built, plan, time.perf_counter)
+        answer["explanation"] = msgspec.to_builtins(why)
+        shown += explanation_lines(why, plan)
+    _write(options, answer, shown)
+
+
+def _asked(options: argparse.Namespace, base: Any) -> Any:
+    given = {
+        name: value
+        for name in ("slices", "time_limit", "gap")
+        if (value := getattr(options, name)) is not None
+    }
+    return msgspec.structs.replace(base, **given)
+
+
+def _details(built: Built, plan: Plan) -> dict[str, Any]:
+    """What a deployer must know of each column, and where its numbers come from."""
+    used = [column for column in built.problem.columns if column.name in plan.replicas]
+    fields = ("model", "gpu", "gpus", "role", "market", "region", "price")
+    columns = {
+        column.name: {field: getattr(column, field) for field in fields}
+        | msgspec.to_builtins(built.facts[column.name])
+        | {"price": column.price, "price_provenance": built.facts[column.name].price}
+        for column in used
+    }
+    return {"certified": False, "columns": columns}
+
+
+def _replicas(path: Path | None) -> dict[str, int]:
+    if path is None:
+        return {}
+    try:
+        previous = msgspec.json.decode(path.read_bytes())
+        return msgspec.convert(previous["replicas"], dict[str, int])
+    except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
+        raise SetupError(f"--previous {path}: no plan: {error}") from None
+
+
+def _goodput(options: argparse.Namespace) -> None:
+    from scheduler.plan_report import goodput_table
+
+    answer = goodput_command.run(options, time.perf_counter)
+    said = f"{answer.attainment} attainment, {answer.simulations} runs in {answer.seconds:.1f} s"
+    if answer.replicas is not None:
+        said += f"; {options.rate:g} requests/s need {answer.replicas} such pairs"
+    _write(options, msgspec.to_builtins(answer), [goodput_table(answer.placements), said])
+
+
+def _write(options: argparse.Namespace, answer: dict[str, Any], shown: list[Any]) -> None:
+    encoded = msgspec.json.format(msgspec.json.encode(answer), indent=2)
     if options.output:
         try:
             options.output.write_bytes(encoded + b"\n")
@@ -60,21 +160,16 @@ def run(options: argparse.Namespace) -> None:
             raise SetupError(f"--output {options.output}: {error}") from None
     if options.json:
         sys.stdout.write(encoded.decode() + "\n")
+        return
+    from rich.console import Console
 
-
-def _solve_problem(options: argparse.Namespace) -> Plan:
-    from scheduler.planner import make_plan
-    from scheduler.planner_model import Options
-    from scheduler.problem import read_problem
-
-    problem = read_problem(options.problem)
-    asked = Options(slices=options.slices, time_limit=options.time_limit, gap=options.gap)
-    with _quiet():
-        return make_plan(problem, asked, time.perf_counter)
+    console = Console()
+    for each in shown:
+        console.print(each)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """HiGHS prints some of its own debugging to file 1, where the answer must stand alone."""
     sys.stdout.flush()
     kept = os.dup(1)

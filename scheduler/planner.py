@@ -11,6 +11,7 @@ from scheduler.errors import SetupError
 from scheduler.linear import Infeasible, OutOfTime
 from scheduler.messages import Role
 from scheduler.plan import SMALL, Plan, shed_keys
+from scheduler.planner_decompose import by_model
 from scheduler.planner_model import Options, PlanModel, usable
 
 if TYPE_CHECKING:
@@ -54,10 +55,35 @@ class _Planner:
 
     def _cheapest(self) -> Solution:
         """Serve all if that can be; otherwise shed the least, and of that the cheapest."""
+        apart = self._model_by_model()
+        if apart and apart.objective - apart.bound <= self.options.gap * apart.objective + SMALL:
+            return apart
+        try:
+            together = self._together()
+        except OutOfTime:
+            return apart or self._rounded()
+        if apart and apart.objective <= together.objective:
+            return replace(apart, bound=max(apart.bound, together.bound))
+        return together
+
+    def _model_by_model(self) -> Solution | None:
+        """Where models share only limits: in a model with these counts, so that shares can be."""
+        counts = by_model(self.problem, self.options, lambda: self._time)
+        if counts is None:
+            return None
+        model = PlanModel(self.problem, self.options)
+        for column, y in zip(self.problem.columns, model.y, strict=True):
+            model.program.fix(y, counts.replicas.get(column.name, 0))
+        try:
+            solution = model.program.relaxed()
+        except Infeasible:  # by a hair: one by one, each was allowed its tolerance
+            return None
+        return replace(solution, bound=min(solution.objective, counts.bound))
+
+    def _together(self) -> Solution:
+        """Raises OutOfTime."""
         try:
             return self.model.program.solve(time_limit=self._time, gap=self.options.gap)
-        except OutOfTime:
-            return self._rounded()
         except Infeasible:
             return self._cheapest_of_least_shed()
 

@@ -78,7 +78,7 @@ class PlanModel:
         self.options = options
         self.program = LinearProgram()
         self.asked = [at for at, bucket in enumerate(problem.buckets) if bucket.rate > 0]
-        self.pairs = sorted(_useful_pairs(problem, self.asked))
+        self.pairs = sorted(useful_pairs(problem, self.asked))
         self.shed = {b: self.program.variable(upper=1.0) for b in self.asked}
         self.limit_rows: list[int] = []
         self._paid: Terms = []
@@ -310,7 +310,7 @@ class PlanModel:
             self.program.row([(changed, 1.0), (y, 1.0)], lower=before)
 
 
-def _useful_pairs(problem: Problem, asked: Iterable[int]) -> Iterable[tuple[int, int]]:
+def useful_pairs(problem: Problem, asked: Iterable[int]) -> Iterable[tuple[int, int]]:
     """(bucket, column) where the column can serve it, with a partner in its region if it splits."""
     by_model: dict[str, list[tuple[int, Column]]] = {}
     for c, column in enumerate(problem.columns):

@@ -50,7 +50,7 @@ class Column(msgspec.Struct, frozen=True):
     burst: float = 0.0
 
 
-class Limit(msgspec.Struct, frozen=True):
+class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """At most `gpus` GPUs of a type; None is any market, any region."""
 
     gpu: str

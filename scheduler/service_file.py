@@ -1,0 +1,246 @@
+"""A service in TOML: models, their SLOs and workloads, what may be rented, what is known of it."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from scheduler.capacity import Slo
+from scheduler.errors import SetupError
+from scheduler.hardware import Catalogue, Gpu, Model, Offer, convert, read_catalogue
+from scheduler.messages import Role
+from scheduler.problem import Limit
+from scheduler.profile_import import Format
+from scheduler.profiles import StepProfile
+from scheduler.workload import Arrival, SizeBucket, Workload, from_arrivals, read_trace
+
+DRAWS = 20_000  # of a distribution, with a fixed seed
+WEIGHTS_TOLERANCE = 1e-6
+
+
+class Size(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    input: float
+    output: float
+    weight: float
+
+
+class Lognormal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Means and standard deviations in tokens; input and output are independent."""
+
+    input_mean: float
+    input_sd: float
+    output_mean: float
+    output_sd: float
+
+
+class ServedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model of the service. Its sizes come from just one of trace, sizes, lognormal.
+
+    `rate` in requests/s; with a trace it may be left out. `shape` names a catalogue model.
+    """
+
+    name: str
+    shape: str = ""
+    rate: float | None = None
+    trace: str | None = None
+    sizes: tuple[Size, ...] = ()
+    lognormal: Lognormal | None = None
+    slo: Slo | None = None
+
+
+class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A benchmark file of `model` on `tp` GPUs; `key` is the GPU's name in it if it differs."""
+
+    file: str
+    format: Format
+    model: str
+    gpu: str
+    tp: int = 1
+    key: str = ""
+    input_edges: tuple[float, ...] = ()
+    output_edges: tuple[float, ...] = ()
+
+
+class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan may hold, and what is asked of it beyond cost (`planner_model.Options`)."""
+
+    gpus: tuple[str, ...] = ()  # empty: all that have an offer
+    tp: tuple[int, ...] = (1, 2, 4, 8)
+    roles: tuple[Role, ...] = tuple(Role)
+    head_room: bool = True
+    spare: bool = False
+    on_demand: float = 0.0
+    switching: float = 0.0
+    time_limit: float = 60.0
+    gap: float = 0.001
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    slo: Slo
+    model: tuple[ServedModel, ...]
+    plan: Choices = Choices()
+    limit: tuple[Limit, ...] = ()
+    gpu: tuple[Gpu, ...] = ()
+    offer: tuple[Offer, ...] = ()
+    shape: tuple[Model, ...] = ()
+    step: tuple[StepProfile, ...] = ()
+    profile: tuple[ProfileFile, ...] = ()
+
+
+class Demand(msgspec.Struct, frozen=True):
+    name: str
+    model: Model
+    slo: Slo
+    workload: Workload
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A service file with everything it names, checked. `folder` is where its paths start."""
+
+    demands: tuple[Demand, ...]
+    catalogue: Catalogue
+    choices: Choices
+    limits: tuple[Limit, ...]
+    profiles: tuple[ProfileFile, ...]
+    folder: Path
+
+
+def read_service(path: Path) -> Service:
+    """Raises SetupError that names the file and the field."""
+    try:
+        return parse_service(path.read_text(encoding="utf-8"), path.parent)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: {error}") from None
+    except SetupError as error:
+        raise SetupError(f"{path}: {error}") from None
+
+
+def parse_service(text: str, folder: Path) -> Service:
+    """Raises SetupError that names the field."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SetupError(str(error)) from None
+    file = convert(tables, _File, "service")
+    catalogue = _extended(read_catalogue(), file)
+    _check_choices(file, catalogue)
+    _check_slo(file.slo, "slo")
+    if not file.model:
+        raise SetupError("model: none; there is nothing to plan for")
+    demands = tuple(
+        _demand(model, f"model[{at}]", file.slo, catalogue, folder)
+        for at, model in enumerate(file.model)
+    )
+    names = [demand.name for demand in demands]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SetupError(f"model: {twice.pop()!r} twice")
+    for at, profile in enumerate(file.profile):
+        catalogue.gpu(profile.gpu, f"profile[{at}].gpu")
+        if profile.model not in names:
+            raise SetupError(f"profile[{at}].model: no [[model]] is called {profile.model!r}")
+    return Service(demands, catalogue, file.plan, file.limit, file.profile, folder)
+
+
+def _extended(shipped: Catalogue, file: _File) -> Catalogue:
+    """The file's own hardware, shapes, steps and prices go before what is shipped."""
+    gpus = shipped.gpus | {gpu.name: gpu for gpu in file.gpu}
+    priced = {(offer.gpu, offer.market, offer.region) for offer in file.offer}
+    kept = [o for o in shipped.offers if (o.gpu, o.market, o.region) not in priced]
+    catalogue = Catalogue(
+        gpus=gpus,
+        offers=(*file.offer, *kept),
+        models=shipped.models | {model.name: model for model in file.shape},
+        steps=(*file.step, *shipped.steps),
+    )
+    for at, offer in enumerate(file.offer):
+        catalogue.gpu(offer.gpu, f"offer[{at}].gpu")
+        _positive(f"offer[{at}].price", offer.price)
+    for gpu in file.gpu:
+        for field in ("memory", "bandwidth", "tflops", "link", "network", "node"):
+            _positive(f"gpu.{gpu.name}.{field}", getattr(gpu, field))
+    return catalogue
+
+
+def _check_choices(file: _File, catalogue: Catalogue) -> None:
+    for name in file.plan.gpus:
+        catalogue.gpu(name, "plan.gpus")
+    for at, limit in enumerate(file.limit):
+        catalogue.gpu(limit.gpu, f"limit[{at}].gpu")
+        if limit.gpus < 0:
+            raise SetupError(f"limit[{at}].gpus: {limit.gpus} is negative")
+    if any(tp < 1 for tp in file.plan.tp):
+        raise SetupError("plan.tp: degrees are at least 1")
+    if not 0 <= file.plan.on_demand <= 1:
+        raise SetupError(f"plan.on_demand: {file.plan.on_demand:g} is not a share")
+    if not file.plan.roles:
+        raise SetupError("plan.roles: none; a plan needs mixed, or prefill and decode")
+    _positive("plan.time_limit", file.plan.time_limit)
+
+
+def _demand(
+    served: ServedModel, where: str, slo: Slo, catalogue: Catalogue, folder: Path
+) -> Demand:
+    model = catalogue.model(served.shape or served.name, f"{where}.shape")
+    _check_slo(served.slo or slo, f"{where}.slo")
+    given = [name for name in ("trace", "sizes", "lognormal") if getattr(served, name)]
+    if len(given) != 1:
+        raise SetupError(
+            f"{where}: give just one of trace, sizes, lognormal; not {given or 'none'}"
+        )
+    if served.rate is None and served.trace is None:
+        raise SetupError(f"{where}.rate: missing; only a trace brings its own")
+    if served.rate is not None:
+        _positive(f"{where}.rate", served.rate)
+    workload = _workload(served, where, folder)
+    if served.rate is not None:
+        workload = workload.scaled(served.rate / workload.rate)
+    return Demand(served.name, model, served.slo or slo, workload)
+
+
+def _workload(served: ServedModel, where: str, folder: Path) -> Workload:
+    if served.trace is not None:
+        return from_arrivals(read_trace(folder / served.trace))
+    if served.lognormal is not None:
+        return _drawn(served.lognormal, where)
+    total = math.fsum(size.weight for size in served.sizes)
+    if not abs(total - 1) <= WEIGHTS_TOLERANCE:
+        raise SetupError(f"{where}.sizes: the weights sum to {total:g}, not to 1")
+    for at, size in enumerate(served.sizes):
+        for field in ("input", "output", "weight"):
+            _positive(f"{where}.sizes[{at}].{field}", getattr(size, field))
+    return Workload(
+        tuple(
+            SizeBucket(f"{size.input:g}/{size.output:g}", (size.input, size.output), size.weight)
+            for size in served.sizes
+        )
+    )
+
+
+def _drawn(spread: Lognormal, where: str) -> Workload:
+    rng = np.random.default_rng(0)
+    columns = []
+    for side in ("input", "output"):
+        mean, sd = getattr(spread, f"{side}_mean"), getattr(spread, f"{side}_sd")
+        _positive(f"{where}.lognormal.{side}_mean", mean)
+        _positive(f"{where}.lognormal.{side}_sd", sd)
+        variance = math.log(1 + (sd / mean) ** 2)
+        drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), DRAWS)
+        columns.append(np.maximum(1, np.rint(drawn)).astype(int).tolist())
+    arrivals = [Arrival(float(at), *sizes) for at, sizes in enumerate(zip(*columns, strict=True))]
+    return msgspec.structs.replace(from_arrivals(arrivals), dispersion=1.0)
+
+
+def _check_slo(slo: Slo, where: str) -> None:
+    _positive(f"{where}.ttft_ms", slo.ttft_ms)
+    _positive(f"{where}.tpot_ms", slo.tpot_ms)
+    if not 0.5 < slo.share < 1:
+        raise SetupError(f"{where}.share: {slo.share:g} must be above 0.5 and below 1")
+
+
+def _positive(field: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise SetupError(f"{field}: {value:g} is not a number above 0")
