@@ -7,7 +7,7 @@ From step times: with n sequences running, i tokens in and o out each, and prefi
     mixed     n / (o·step(n) + n·P(i))   the same with step(n) + n·P(i)/o ≤ TPOT: a token's period
                                          holds its share of the others' prefills; P(i) + step ≤ TTFT
 
-These are means at full load: what chance adds is the head-room's part (`planner_model`).
+These are means at full load: what chance adds is the part of `head_room`.
 """
 
 from __future__ import annotations

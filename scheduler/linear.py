@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from scheduler.errors import SetupError
-
-try:
-    from scipy import optimize, sparse  # type: ignore[import-untyped]
-except ImportError:
-    raise SetupError(
-        "planning needs scipy, which is not installed: pip install -e '.[plan]' in the checkout"
-    ) from None
+from scipy import optimize, sparse  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

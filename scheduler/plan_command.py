@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
     chosen = [bool(options.service), bool(options.problem), options.goodput]
     if sum(chosen) != 1:
         raise SetupError("say what to plan for: SERVICE.toml, --problem FILE.json, or --goodput")
+    if find_spec("scipy") is None:
+        raise SetupError("planning needs scipy: pip install -e '.[plan]' in the checkout")
     _check(options)
     if options.goodput:
         _goodput(options)

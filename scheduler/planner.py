@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scheduler.errors import SetupError
+from scheduler.head_room import usable
 from scheduler.linear import Infeasible, OutOfTime
 from scheduler.messages import Role
 from scheduler.plan import SMALL, Plan, shed_keys
 from scheduler.planner_decompose import by_model
-from scheduler.planner_model import Options, PlanModel, usable
+from scheduler.planner_model import Options, PlanModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -189,7 +189,7 @@ def _link(demand: Demand, gpu: Gpu, tp: int, capacities: dict[str, Capacity]) ->
 
 
 def _burst(demand: Demand, capacities: dict[str, Capacity]) -> float:
-    """z·√(dispersion / places): what `planner_model.usable` wants, at the mean of the places."""
+    """z·√(dispersion / places): what `head_room.usable` wants, at the mean of the places."""
     rates = {b.name: b.rate for b in demand.workload.buckets if b.name in capacities}
     places = sum(rates[name] * each.places for name, each in capacities.items()) / sum(
         rates.values()

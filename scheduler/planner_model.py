@@ -8,10 +8,6 @@ For every bucket b of rate r_b, and every column c with capacity cap_c(b):
 
 With slices, x is a multiple of 1/S: Mélange's form (arXiv 2404.14527, §5.2) without the symmetry of
 its equal slices, so it has the same optimum.
-
-Head-room. Requests on k replicas of n places each are about Poisson: to fit them into k·n places in
-the share of time that the SLO asks for, utilisation ρ must leave z standard deviations free,
-ρ + z·√(ρ/(k·n)) ≤ 1. A column's `burst` is z/√n, times the root of the arrivals' dispersion.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from scheduler.head_room import enough, line_below, ranges, usable
 from scheduler.linear import LinearProgram
 from scheduler.messages import Role
 
@@ -52,22 +49,6 @@ class Options(msgspec.Struct, frozen=True):
     switching: float = 0.0
     time_limit: float = 60.0  # s
     gap: float = 0.0
-
-
-def usable(replicas: float, burst: float) -> float:
-    """How many replicas' capacity `replicas` of them may be loaded with: ρ·k."""
-    if burst == 0 or replicas <= 0:
-        return max(0.0, replicas)
-    spread = burst / math.sqrt(replicas)
-    return replicas * ((math.sqrt(spread * spread + 4) - spread) / 2) ** 2
-
-
-def enough(load: float, burst: float) -> int:
-    """The fewest replicas that are usable for `load` replicas' capacity."""
-    count = math.ceil(load)
-    while usable(count, burst) < load:
-        count += max(1, math.floor(load - usable(count, burst)))
-    return count
 
 
 class PlanModel:
@@ -189,7 +170,7 @@ class PlanModel:
         now: Terms = []
         after: Terms = []
         choices: Terms = []
-        for low, high in _ranges(most):
+        for low, high in ranges(most):
             chosen = self.program.variable(upper=1.0, integer=True)
             choices.append((chosen, 1.0))
             if low == high:
@@ -202,7 +183,7 @@ class PlanModel:
             self.program.row([(count, 1.0), (chosen, -low)], lower=0.0)
             self.program.row([(count, 1.0), (chosen, -high)], upper=0.0)
             for terms, lost in ((now, 0), (after, 1)):
-                start, slope = _line_below(low, high, burst, lost)
+                start, slope = line_below(low, high, burst, lost)
                 terms += [(chosen, start), (count, slope)]
         self.program.row(counts, lower=0.0, upper=0.0)
         self.program.row(choices, upper=1.0)
@@ -326,21 +307,3 @@ def useful_pairs(problem: Problem, asked: Iterable[int]) -> Iterable[tuple[int, 
         }
         both = regions[Role.PREFILL] & regions[Role.DECODE]
         yield from ((b, c) for c, col in able if col.role is Role.MIXED or col.region in both)
-
-
-def _ranges(most: int) -> Iterable[tuple[int, int]]:
-    """1, 2, 3, 4, then in steps of about a half: 5-6, 7-8, 9-12, 13-16, 17-24, …"""
-    low, step = 1, 1
-    while low <= most:
-        high = min(low + step - 1, most)
-        yield low, high
-        low = high + 1
-        if low > 4:
-            step = 2 ** (low.bit_length() - 2)
-
-
-def _line_below(low: int, high: int, burst: float, lost: int) -> tuple[float, float]:
-    """Start and slope of a line that is at most `usable(count - lost)` on low..high."""
-    points = [usable(count - lost, burst) for count in range(low, high + 1)]
-    slope = (points[-1] - points[0]) / (high - low)
-    return min(p - slope * count for count, p in enumerate(points, low)), slope

@@ -34,7 +34,7 @@ class Column(msgspec.Struct, frozen=True):
 
     `capacity` is what one replica sustains, in requests/s, were all its requests of that bucket;
     a bucket that is missing cannot be served. `link` is the same for what it can hand over or take
-    as KV cache. `burst` widens the head-room (`planner_model.usable`); 0 is none.
+    as KV cache. `burst` widens the head-room (`head_room.usable`); 0 is none.
     """
 
     name: str

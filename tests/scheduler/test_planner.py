@@ -14,10 +14,11 @@ pytest.importorskip("scipy", reason="the planner is the extra `plan`")
 
 from scipy.optimize import linprog
 
+from scheduler.head_room import enough, usable
 from scheduler.messages import Role
 from scheduler.plan import violations
 from scheduler.planner import make_plan
-from scheduler.planner_model import Options, enough, usable
+from scheduler.planner_model import Options
 from scheduler.problem import Bucket, Column, Limit, Problem, WholeNodes
 
 M, P, D = Role.MIXED, Role.PREFILL, Role.DECODE
@@ -88,11 +89,12 @@ def problems(draw, most_buckets=6, most_columns=4, roles=(M,)):
 
 
 @settings(max_examples=200, deadline=None)
-@given(problems(), st.sampled_from([1, 2, 3, 4, 8, 16]))
-def test_never_dearer_than_the_sliced_form(problem, slices):
-    ours, sliced = solve(problem), solve(problem, slices=slices)
-    assert ours.cost <= sliced.cost + 1e-9
+@given(problems(most_buckets=5, most_columns=3))
+def test_never_dearer_than_the_sliced_form(problem):
+    ours = solve(problem)
     assert ours.gap == 0
+    for slices in (1, 2, 3, 4, 8, 16):
+        assert ours.cost <= solve(problem, slices=slices).cost + 1e-9
 
 
 def least_by_trying(problem):
@@ -273,8 +275,7 @@ def test_enough_is_the_fewest_that_are_usable(load, burst):
 @given(st.floats(0.01, 60), st.floats(0.05, 2))
 def test_head_room_is_kept_and_wastes_little(rate, burst):
     plan = solve(Problem(buckets(b=rate), (column("g", {"b": 1}, burst=burst),)))
-    fewest = enough(rate, burst)
-    assert fewest <= plan.replicas["g"] <= fewest + 1
+    assert enough(rate * 0.99999, burst) <= plan.replicas["g"] <= enough(rate, burst) + 1
 
 
 def test_the_loss_of_any_one_replica_leaves_enough():
