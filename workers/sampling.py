@@ -87,7 +87,11 @@ def noise(seed: int, prompt_index: int, choice: int, position: int, vocab: int) 
     counter = np.array([0, position, choice, prompt_index], np.uint64)
     key = np.array([seed % _WORD, 0], np.uint64)
     words = np.random.Philox(counter=counter, key=key).random_raw(vocab)
-    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    words >>= np.uint64(12)
+    uniform = words.astype(np.float64)
+    uniform += 0.5
+    uniform *= 2.0**-52
+    return uniform
 
 
 def kept(weights: Row, s: Sampling) -> Ids:
@@ -154,15 +158,18 @@ def _restrict(row: Row, allowed: Mask) -> Row:
 def _draw(row: Row, draw: Draw) -> int:
     """Draw from softmax(row / temperature), truncated.
 
-    Gumbel-max in its exponential form: the least of -log(u) / p wins with probability p.
+    Gumbel-max in its exponential form: the least of -log(u) / p wins with probability p, found as
+    the largest of log(u) / p.
     """
     s = draw.sampling
     with np.errstate(over="ignore"):  # to -inf, at the lowest temperatures
         weights = np.exp((row - row.max()) / s.temperature)
     ids = kept(weights, s)
     u = noise(s.seed, draw.prompt_index, draw.choice, draw.position, len(row))
+    if len(ids) < len(row):
+        u, weights = u[ids], weights[ids]
     with np.errstate(divide="ignore", over="ignore"):  # a weight of (nearly) 0 never wins
-        return int(ids[np.argmin(-np.log(u[ids]) / weights[ids])])
+        return int(ids[np.argmax(np.log(u, out=u) / weights)])
 
 
 def _nucleus(weights: Row, top_p: float) -> Ids:
