@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--instruction-set", choices=dispatch.instruction_sets())
     parser.add_argument("--side", type=int, default=2048, help="rows and columns of a matrix")
-    parser.add_argument("--megabytes", type=int, default=256, help="weights to cycle through")
+    parser.add_argument("--megabytes", type=int, default=96, help="weights to cycle through")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each result")
     options = parser.parse_args(arguments)
     if not dispatch.instruction_sets():
