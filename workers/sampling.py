@@ -162,14 +162,22 @@ def _draw(row: Row, draw: Draw) -> int:
     the largest of log(u) / p.
     """
     s = draw.sampling
+    weights = row - row.max()
     with np.errstate(over="ignore"):  # to -inf, at the lowest temperatures
-        weights = np.exp((row - row.max()) / s.temperature)
-    ids = kept(weights, s)
+        weights /= s.temperature
+    np.exp(weights, out=weights)
     u = noise(s.seed, draw.prompt_index, draw.choice, draw.position, len(row))
-    if len(ids) < len(row):
+    ids = kept(weights, s) if _truncates(s) else None
+    if ids is not None:
         u, weights = u[ids], weights[ids]
     with np.errstate(divide="ignore", over="ignore"):  # a weight of (nearly) 0 never wins
-        return int(ids[np.argmax(np.log(u, out=u) / weights)])
+        np.divide(np.log(u, out=u), weights, out=u)
+    best = int(u.argmax())
+    return best if ids is None else int(ids[best])
+
+
+def _truncates(s: Sampling) -> bool:
+    return s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0
 
 
 def _nucleus(weights: Row, top_p: float) -> Ids:
