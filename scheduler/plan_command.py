@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--slices", type=int, metavar="S", help="shares in multiples of 1/S, as Mélange routes"
     )
     command.add_argument(
-        "--time-limit", type=float, metavar="S", help="seconds (default 60, or the service's)"
+        "--time-limit", type=float, metavar="S", help="seconds (default 50, or the service's)"
     )
     command.add_argument("--gap", type=float, help="stop within this share of the least cost")
     goodput_command.add_arguments(command)

@@ -47,7 +47,7 @@ class Options(msgspec.Struct, frozen=True):
     on_demand: float = 0.0
     previous: dict[str, int] = {}
     switching: float = 0.0
-    time_limit: float = 60.0  # s
+    time_limit: float = 50.0  # s
     gap: float = 0.0
 
 

@@ -75,7 +75,7 @@ class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spare: bool = False
     on_demand: float = 0.0
     switching: float = 0.0
-    time_limit: float = 60.0
+    time_limit: float = 50.0
     gap: float = 0.001
 
 
