@@ -27,7 +27,10 @@ SHED_GAP = 1e-4  # as a share of what must be shed
 
 
 def make_plan(problem: Problem, options: Options, clock: Callable[[], float]) -> Plan:
-    """The plan for a checked problem. `clock` gives seconds; the time limit is held with it."""
+    """The plan for a checked problem. `clock` gives seconds; the time limit is held with it.
+
+    Raises SetupError where spares or slices leave no plan within the time limit.
+    """
     return _Planner(problem, options, clock).plan()
 
 
@@ -42,7 +45,10 @@ class _Planner:
     def plan(self) -> Plan:
         solution = self._cheapest()
         if self.options.spare:
-            solution = self._with_spares(solution)
+            try:
+                solution = self._with_spares(solution)
+            except OutOfTime:
+                raise SetupError("no plan with spares within the time limit: give more") from None
         counts = [round(float(solution.values[y])) for y in self.model.y]
         shed = {b: _share(solution.values[u]) for b, u in self.model.shed.items()}
         values = self._balanced(counts, shed, solution)
@@ -134,10 +140,13 @@ class _Planner:
     def _with_spares(self, solution: Solution) -> Solution:
         """Add, until none is missing, the routing after the loss of one replica of a column.
 
-        Few columns are used, so few of these copies of the routing are ever needed.
+        Few columns are used, so few of these copies of the routing are ever needed. Raises
+        OutOfTime: a plan without its spares would be a promise not kept.
         """
         added: set[int] = set()
         while True:
+            if self.clock() - self.start > self.options.time_limit:
+                raise OutOfTime
             used = {c for c, y in enumerate(self.model.y) if solution.values[y] > 0.5}
             if used <= added:
                 return solution

@@ -14,6 +14,7 @@ pytest.importorskip("scipy", reason="the planner is the extra `plan`")
 
 from scipy.optimize import linprog
 
+from scheduler.errors import SetupError
 from scheduler.head_room import enough, usable
 from scheduler.messages import Role
 from scheduler.plan import violations
@@ -339,6 +340,18 @@ def test_out_of_time_still_gives_a_plan_and_says_how_far_it_may_be(limited):
     assert violations(problem, plan) == []
     assert plan.gap >= 0
     assert plan.replicas
+
+
+def test_spares_that_cannot_be_found_in_time_are_not_promised():
+    ticks = itertools.count(0, 100)
+    names = [f"b{at}" for at in range(60)]
+    columns = tuple(
+        column(f"c{k}", {n: 1 + (at * 7 + k * 3) % 11 for at, n in enumerate(names)}, 1 + 0.37 * k)
+        for k in range(12)
+    )
+    problem = Problem(buckets(**dict.fromkeys(names, 1.3)), columns)
+    with pytest.raises(SetupError, match="time limit"):
+        make_plan(problem, Options(time_limit=1e-3, spare=True), lambda: next(ticks))
 
 
 def test_balanced_routing_leaves_no_pool_full_while_another_idles():
