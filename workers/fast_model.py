@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-HEAD_ROWS = 64  # hidden rows that `FastModel.logits` takes at a time
+HEAD_ROWS = 16  # hidden rows that `FastModel.logits` takes at a time
 
 
 def objection(shape: ModelShape) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scheduler.batching import Slice
     from workers.runner import Reading
 
-ROWS = 64  # logits of so many rows exist at a time: 64 × 128,000 × 4 bytes = 33 MB
+ROWS = 16  # logits of so many rows exist at a time: 16 × 128,000 × 4 bytes = 8 MB
 
 
 def read(
