@@ -26,8 +26,8 @@ def taught(bound_s: float | None, decode_s: float, token_s: float) -> Pace:
         (taught(None, 0.01, 0.001), 8, 500),
         (taught(0.1, 0.01, 0.001), 0, 500),  # nobody waits for a next token
         (Pace(0.1), 8, FIRST_CHUNK),  # nothing is known
-        (taught(0.1, 0.01, 0.001), 8, 75),  # 0.85 · 100 ms = 10 ms + 75 · 1 ms
-        (taught(0.1, 0.05, 0.001), 8, 35),
+        (taught(0.1, 0.01, 0.001), 8, 70),  # 0.8 · 100 ms = 10 ms + 70 · 1 ms
+        (taught(0.1, 0.05, 0.001), 8, 30),
         (taught(0.1, 0.01, 0.00001), 8, 500),  # never more than the step holds
         (taught(0.1, 0.2, 0.001), 8, LEAST_CHUNK),  # never so few that a prompt starves
     ],
@@ -69,7 +69,19 @@ def test_a_long_prompt_comes_in_chunks_only_while_others_decode():
     decoding.tokens.append(0)
     batch.add(prompt)
     step = batch.next_step()
-    assert (step.decodes, step.prompt_tokens) == (1, 75)
+    assert (step.decodes, step.prompt_tokens) == (1, 70)
     batch.advance(step)
     batch.remove(decoding)
-    assert batch.next_step().prompt_tokens == 225
+    assert batch.next_step().prompt_tokens == 230
+
+
+def test_tokens_that_get_dearer_with_the_context_stay_within_the_bound():
+    """By a tenth a step: what attention does to a long prompt that is cut into large pieces."""
+    pace = taught(0.12, 0.012, 0.0005)
+    token_s = 0.0005
+    for _ in range(12):
+        token_s *= 1.1
+        tokens = pace.prompt_tokens(8, most=512)
+        seconds = 0.012 + tokens * token_s
+        assert 0.06 < seconds <= 0.12
+        pace.learn(8, tokens, seconds)
