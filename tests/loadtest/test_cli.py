@@ -162,14 +162,16 @@ def test_a_search_prints_each_probe_and_the_answer(url, tmp_path, capsys):
     assert "no rate that was tried has failed" in page.read_text()
 
 
-@REAL_TIME
-def test_calibration_proves_the_stall(capsys):
-    words = ["--rate", "100", "--duration", "1s", "--stall", "0.3s", "--json"]
-    assert main(["calibrate", *words]) in (0, 3)
+def test_calibration_sees_the_stall_and_calls_itself_accurate_only_if_it_is(capsys):
+    words = ["--rate", "50", "--duration", "1s", "--stall", "0.3s", "--json"]
+    code = main(["calibrate", *words])
     found = json.loads(capsys.readouterr().out)
-    assert found["stall_expected"] == pytest.approx(0.15, abs=0.02)  # stall + 2 × TTFT - SLO
-    assert found["stall_measured"] == pytest.approx(found["stall_expected"], abs=0.1)
-    assert found["ttft_error"]["p50"] < 0.01
+    error = found["stall_measured"] - found["stall_expected"]
+    assert found["stall_expected"] == pytest.approx(0.15, abs=0.04)  # stall + 2 × TTFT - SLO
+    assert error > -0.03  # what the stall held back was late, however busy this machine is
+    exact = abs(error) <= 0.01 and found["ttft_error"]["p50"] <= 1e-3
+    assert (code == 0) <= exact
+    assert code in (0, 3)
 
 
 def test_two_saved_runs_are_compared(url, tmp_path, capsys):
