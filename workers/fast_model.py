@@ -141,7 +141,9 @@ class FastModel:
             weight = self._checkpoint.tensor(name).numpy()
             stored = quantise(weight, GGMLQuantizationType.Q8_0)
         outputs, inputs = stored.dims
-        return Matrix(stored.kind.name, outputs, inputs, stored.data)
+        matrix = Matrix(stored.kind.name, outputs, inputs, stored.data)
+        stored.let_go()  # or a whole file would be in memory twice
+        return matrix
 
 
 def _frequencies(shape: ModelShape) -> Array:

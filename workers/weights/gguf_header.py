@@ -8,6 +8,7 @@ never reads past the end. Block formats and their arithmetic do come from that p
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,14 @@ class StoredTensor:
     kind: GGMLQuantizationType
     dims: tuple[int, ...]  # elements, rows first
     data: np.ndarray[Any, np.dtype[np.uint8]]  # [rows…, bytes of a row]
+
+    def let_go(self) -> None:
+        """Free the memory that the file's pages take; they are read anew if touched again."""
+        base: Any = self.data
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
