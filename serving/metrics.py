@@ -34,6 +34,7 @@ class RequestRecord:
         self.model = UNKNOWN_MODEL
         self.code = CLIENT_LEFT  # until the handler has said something else
         self.prompt_tokens = 0
+        self.cached_tokens = 0  # of the prompts', found in the prefix cache
         self.completion_tokens = 0
         self.choices = 1
         self._first: float | None = None
@@ -44,6 +45,7 @@ class RequestRecord:
         if self._first is None and delta.tokens:
             self._first = self._last
         self.completion_tokens += delta.tokens
+        self.cached_tokens += delta.cached
 
     @property
     def age(self) -> float:
@@ -105,6 +107,12 @@ class Metrics:
             ("model",),
             registry=registry,
         )
+        self._cached_tokens = Counter(
+            "motley_prompt_tokens_cached_total",
+            "Tokens of accepted prompts that were found in the prefix cache.",
+            ("model",),
+            registry=registry,
+        )
         self._generation_tokens = Counter(
             "motley_generation_tokens_total", "Tokens generated.", ("model",), registry=registry
         )
@@ -135,5 +143,6 @@ class Metrics:
             self._tpot.labels(model).observe(record.tpot)
         if record.prompt_tokens:
             self._prompt_tokens.labels(model).inc(record.prompt_tokens)
+            self._cached_tokens.labels(model).inc(record.cached_tokens)
         if record.completion_tokens:
             self._generation_tokens.labels(model).inc(record.completion_tokens)

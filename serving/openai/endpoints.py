@@ -18,7 +18,7 @@ from scheduler.errors import BadRequest
 from serving.metrics import CLIENT_LEFT, OK
 from serving.openai import requests
 from serving.openai.errors import failure_of, status_of
-from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, Usage
+from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, PromptDetails, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,4 +189,5 @@ def _accept(record: RequestRecord, call: Call, stream: Stream) -> None:
 
 def _usage(record: RequestRecord) -> Usage:
     prompt, completion = record.prompt_tokens, record.completion_tokens
-    return Usage(prompt, completion, prompt + completion)
+    cached = PromptDetails(record.cached_tokens)
+    return Usage(prompt, completion, prompt + completion, cached)

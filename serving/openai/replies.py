@@ -28,10 +28,15 @@ LOGPROB_MIN = -9999.0
 _encode = msgspec.json.Encoder().encode
 
 
+class PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails(0)
 
 
 class Envelope(msgspec.Struct, frozen=True):

@@ -134,6 +134,18 @@ async def test_errors_have_openais_shape(serve):
 
 
 @pytest.mark.asyncio
+async def test_a_prompt_that_begins_like_an_earlier_one_says_what_was_cached(serve):
+    with serve("fake") as cluster:
+        async with client(cluster) as api:
+            cached = []
+            for question in ("first", "second"):
+                prompt = f"a long preamble that all share {'. ' * 20}{question}"
+                reply = await api.completions.create(model="fake", prompt=prompt)
+                cached.append(reply.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 64]
+
+
+@pytest.mark.asyncio
 async def test_workers_of_two_models_share_a_router(serve):
     with serve("one=fake:tokens=3", "two=fake:tokens=5") as cluster:
         async with client(cluster) as api:

@@ -189,6 +189,7 @@ async def test_the_openai_client_reads_a_whole_chat(client):
         "prompt_tokens": 3,
         "completion_tokens": 8,
         "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert answer.model == "tiny"
 

@@ -10,7 +10,7 @@ import pytest
 from scheduler.messages import Alternative, Echo, FinishReason, TokenLogprob
 from scheduler.request import Limits, Prompt, Sampling
 from serving.ask import Ask, Delta
-from serving.openai.replies import ChatReply, Collected, CompletionReply, Usage
+from serving.openai.replies import ChatReply, Collected, CompletionReply, PromptDetails, Usage
 from serving.openai.requests import Call
 
 
@@ -46,9 +46,15 @@ def test_usage_is_null_in_every_chunk_only_if_it_will_come(include_usage, expect
 
 
 def test_the_usage_chunk_has_no_choices():
-    sent = event(ChatReply(call()).usage_chunk(Usage(1, 2, 3)))
+    usage = Usage(20, 2, 22, PromptDetails(cached_tokens=16))
+    sent = event(ChatReply(call()).usage_chunk(usage))
     assert sent["choices"] == []
-    assert sent["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    assert sent["usage"] == {
+        "prompt_tokens": 20,
+        "completion_tokens": 2,
+        "total_tokens": 22,
+        "prompt_tokens_details": {"cached_tokens": 16},
+    }
 
 
 def test_logprobs_are_null_unless_asked_for_and_empty_where_text_was_held_back():
