@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import secrets
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
@@ -133,7 +134,7 @@ class TextChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None
 
 
-class Reply:
+class Reply(ABC):
     """One request's answer. A subclass says what a choice looks like."""
 
     whole_object: ClassVar[str]
@@ -161,11 +162,13 @@ class Reply:
         encoded = b",".join(_encode(self._choice(choice)) for choice in choices)
         return b"".join((self._head, encoded, b'],"usage":', _encode(usage), b"}"))
 
+    @abstractmethod
     def _piece(self, delta: Delta) -> msgspec.Struct:
-        raise NotImplementedError
+        """A choice, as a chunk has it."""
 
+    @abstractmethod
     def _choice(self, choice: Delta) -> msgspec.Struct:
-        raise NotImplementedError
+        """A choice, as the whole answer has it."""
 
 
 class ChatReply(Reply):
