@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Motley:
-    """Variants: without speculation (the default), speculate.
+    """Variants: fast mode without speculation (the default), speculate, exact.
 
     The peers do not speculate either, and greedy answers of a small model repeat themselves: drafts
     look better here than on most of what people ask.
@@ -27,6 +27,7 @@ class Motley:
         options = EngineOptions(
             kv_tokens=setup.kv_tokens,
             threads=setup.threads,
+            mode="exact" if setup.variant == "exact" else "fast",
             speculate=setup.variant == "speculate",
         )
         self.engine, _ = build(Model("bench", setup.model), options)

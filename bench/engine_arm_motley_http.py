@@ -28,6 +28,7 @@ class MotleyHttp:
 
     def __init__(self, setup: Setup) -> None:
         words = ["--prefill", "0", "--decode", "0", "--mixed", "1", "--port", "0"]
+        words += ["--mode", "exact"] if setup.variant == "exact" else []
         words += [] if setup.variant == "speculate" else ["--no-speculation"]
         words += ["--threads", str(setup.threads), "--kv-tokens", str(setup.kv_tokens)]
         self._router = subprocess.Popen(
