@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from scheduler.request import Job, TokenIds
+from scheduler.request import Job, Prompt, TokenIds
 
 VERSION = 1
 
@@ -167,6 +167,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     calls: tuple[CallDelta, ...] = ()
     echo: Echo | None = None
     cached: int = 0
+    embedding: bytes = b""  # [D] float32, little-endian, of length 1
 
 
 class Outputs(Wire, frozen=True):
@@ -199,6 +200,15 @@ class Failed(Wire, frozen=True):
     code: str | None = None
 
 
+class Tokenised(Wire, frozen=True):
+    """The answer to Tokenise, unless that is a Failed."""
+
+    id: str
+    ids: TokenIds
+    spelled: tuple[str, ...]  # each token readable
+    text: str  # what the tokens stand for
+
+
 class Leaving(Wire, frozen=True):
     """The worker drains: send it nothing new."""
 
@@ -224,6 +234,14 @@ class Submit(Wire, frozen=True):
 
     job: Job
     handoff: Peer | None = None
+
+
+class Tokenise(Wire, frozen=True):
+    """Say what a prompt is in tokens, beside the steps; nothing is held."""
+
+    id: str
+    prompt: Prompt
+    created: float
 
 
 class Cancel(Wire, frozen=True):
@@ -289,8 +307,8 @@ class Committed(Wire, frozen=True):
 
 
 Handshake: TypeAlias = Challenge | Answer | Welcome | Refused
-FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed | Leaving
-FromRouter: TypeAlias = Joined | Submit | Cancel | Refused
+FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed | Tokenised | Leaving
+FromRouter: TypeAlias = Joined | Submit | Tokenise | Cancel | Refused
 ToDecode: TypeAlias = Reserve | KvBlocks | Commit
 FromDecode: TypeAlias = Reserved | Committed | Refused
 Anything: TypeAlias = Handshake | FromWorker | FromRouter | ToDecode | FromDecode

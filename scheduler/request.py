@@ -42,6 +42,8 @@ class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
     messages: tuple[Message, ...] | None = None
     ids: TokenIds | None = None
     tools: str | None = None  # beside messages: what the model may call, a JSON array
+    special: bool = True  # a text gets the tokens that the tokenizer puts around any text
+    generation: bool = True  # messages are followed by the beginning of an answer
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -107,9 +109,11 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     sent: int = 0
     grammar: Grammar | None = None
     tools: ToolUse | None = None
+    embed: bool = False  # the answer is no text but the prompt's last hidden state
     echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
 
     @property
     def prefill_only(self) -> bool:
         """It ends with its prompt, or with the first token after it."""
-        return self.limits.max_tokens is not None and self.limits.max_tokens <= 1
+        most = self.limits.max_tokens
+        return self.embed or (most is not None and most <= 1)

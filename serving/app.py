@@ -13,8 +13,10 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from scheduler.errors import BadRequest, SetupError, Unavailable
+from serving.openai.embeddings import EmbeddingEndpoint
 from serving.openai.endpoints import REQUEST_ID, Endpoints
 from serving.openai.errors import Failure, failure_of
+from serving.openai.tokens import TokenEndpoints
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,6 +36,8 @@ _KEEPALIVE_S = 75.0  # idle connections are closed after so long
 def build_app(generator: Generator, metrics: Metrics, limits: HttpLimits) -> web.Application:
     """The application; run it with `serve`, which sets what it needs of aiohttp's runner."""
     generation = Endpoints(generator, metrics, limits)
+    embedding = EmbeddingEndpoint(generator, metrics, limits)
+    tokens = TokenEndpoints(generator, limits)
     state = State(generator, metrics)
     app = web.Application(middlewares=[shield], client_max_size=limits.body_bytes)
     app.on_response_prepare.append(_give_id)
@@ -41,6 +45,9 @@ def build_app(generator: Generator, metrics: Metrics, limits: HttpLimits) -> web
         [
             web.post("/v1/chat/completions", generation.chat),
             web.post("/v1/completions", generation.completion),
+            web.post("/v1/embeddings", embedding.embed),
+            web.post("/tokenize", tokens.tokenize),
+            web.post("/detokenize", tokens.detokenize),
             web.get("/v1/models", state.models),
             web.get("/v1/models/{id:.+}", state.model),
             web.get("/ready", state.ready),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from scheduler.messages import CallDelta, Echo, FinishReason, TokenLogprob
+from scheduler.messages import CallDelta, Echo, FinishReason, Tokenised, TokenLogprob
 from scheduler.request import Grammar, Limits, Prompt, Sampling, ToolUse
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Ask(msgspec.Struct, frozen=True):
     grammar: Grammar | None = None
     tools: ToolUse | None = None
     echo: bool = False
+    embed: bool = False
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class Delta(msgspec.Struct, frozen=True):
     calls: tuple[CallDelta, ...] = ()
     echo: Echo | None = None
     cached: int = 0  # prompt tokens whose KV was known already
+    embedding: bytes = b""  # [D] float32, of an ask that wants no text
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -72,6 +74,10 @@ class Generator(Protocol):
     @property
     def ready(self) -> bool:
         """Every model that this router was told to serve has the workers it needs."""
+        ...
+
+    async def tokenise(self, model: str, prompt: Prompt, created: float) -> Tokenised:
+        """The prompt in tokens, and these as text. Raises BadRequest or Unavailable."""
         ...
 
     def open(self, ask: Ask) -> AbstractAsyncContextManager[Stream]:

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import BadRequest, Unavailable
 from scheduler.lifecycle import Deliver, End, Generation, Instruction, Place, Send, Started
-from scheduler.messages import Accepted, Failed, HandedOver, Outputs, Role, Wire
+from scheduler.messages import Accepted, Failed, HandedOver, Outputs, Role, Tokenised, Wire
 from scheduler.request import Job
 from serving.ask import Delta, ModelInfo
+from serving.inquiry import Inquiries
 from serving.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from scheduler.messages import Echo
+    from scheduler.request import Prompt
     from scheduler.routing import Route
     from serving.ask import Ask
     from serving.members import Members
@@ -85,6 +87,7 @@ class Gateway:
         self._nonce = secrets.token_hex(4)
         self._numbers = itertools.count()
         self._averages: dict[str, Averages] = {}
+        self._inquiries = Inquiries(members)
         members.on_message = self._on_message
         members.on_lost = self._on_lost
 
@@ -102,6 +105,11 @@ class Gateway:
         """Each expected model has workers for both phases; without any, somebody is here."""
         models = self._expected or {info.name for info in self.models()}
         return bool(models) and all(self._complete(model) for model in models)
+
+    async def tokenise(self, model: str, prompt: Prompt, created: float) -> Tokenised:
+        """See Generator.tokenise."""
+        self._check_model(model)
+        return await self._inquiries.tokenise(model, prompt, created)
 
     @asynccontextmanager
     async def open(self, ask: Ask) -> AsyncIterator[Stream]:
@@ -149,6 +157,7 @@ class Gateway:
             choices=tuple(range(ask.n)),
             grammar=ask.grammar,
             tools=ask.tools,
+            embed=ask.embed,
             echo=ask.echo,
         )
         live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)
@@ -171,14 +180,19 @@ class Gateway:
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
                 self._obey(live, live.generation.handed_over(message.epoch, worker))
+        elif isinstance(message, Tokenised):
+            self._inquiries.answered(message)
         elif isinstance(message, Failed):
             if live := self._live.get(message.id):
                 logger.info("worker %s gave up %s: %s", worker, message.id, message.message)
                 self._obey(live, live.generation.failed(worker, message))
+            else:
+                self._inquiries.answered(message)
         else:
             logger.warning("worker %s said %s out of turn", worker, type(message).__name__)
 
     def _on_lost(self, worker: str) -> None:
+        self._inquiries.lost(worker)
         for live in list(self._live.values()):
             self._obey(live, live.generation.worker_lost(worker))
 
@@ -213,6 +227,7 @@ class Gateway:
                 calls=output.calls,
                 echo=None if output.position else live.echo,
                 cached=output.cached,
+                embedding=output.embedding,
             )
         )
 
@@ -221,7 +236,7 @@ class Gateway:
         del self._live[generation.job.id]
         for task in live.waiting:
             task.cancel()
-        if instruction.error is None:
+        if instruction.error is None and not generation.job.prefill_only:
             for ledger in generation.ledgers.values():
                 if ledger.finished:
                     self._average(live).learn_output(len(ledger.emitted))
@@ -301,4 +316,5 @@ def _prompt_bytes(job: Job) -> int:
     """Characters of a prompt that is still text; 0 once it is ids."""
     if job.prompt.text is not None:
         return len(job.prompt.text)
-    return sum(len(message.content) for message in job.prompt.messages or ())
+    messages = sum(len(message.content) for message in job.prompt.messages or ())
+    return messages + len(job.prompt.tools or "")

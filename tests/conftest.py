@@ -30,6 +30,7 @@ def _job(
     emitted: list[int] | None = None,
     sent: int = 0,
     echo: bool = False,
+    embed: bool = False,
     grammar: Grammar | None = None,
     tools: ToolUse | None = None,
     temperature: float = 1.0,
@@ -50,6 +51,7 @@ def _job(
         grammar=grammar,
         tools=tools,
         echo=echo,
+        embed=embed,
     )
 
 

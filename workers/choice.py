@@ -53,6 +53,10 @@ class Choice:
         """A grammar's masks depend on each token before them: it takes them one by one."""
         return self._matcher is None
 
+    def embed(self) -> None:
+        """The one output shall be the prompt's embedding."""
+        self.reading = Reading(embed=True)
+
     def repeat(self, prompt: TokenIds) -> None:
         """The first output shall bring the prompt along."""
         self._repeats = prompt
@@ -80,6 +84,7 @@ class Choice:
             finish=finish,
             echo=self._echo() if first and self._repeats else None,
             cached=cached if first else 0,
+            embedding=self.reading.embedding if self.reading else b"",
         )
         self._position += len(output.ids)
         return output

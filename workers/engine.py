@@ -123,6 +123,8 @@ class Engine:
         if job.echo and not job.emitted:
             choice.repeat(prompt)
             sequence.read = choice.reading is not None
+        if job.embed:
+            choice.embed()
         self.batcher.add(sequence)
 
     def reserve(self, job: Job, prompt: TokenIds) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from scheduler.batching import Slice
     from scheduler.request import Prompt, TokenIds
     from workers.grammar import Grammars, Mask
-    from workers.runner import Wishes
+    from workers.runner import Reading, Wishes
 
 EOS = 256
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz     "
@@ -178,7 +178,7 @@ class FakeRunner:
         for piece in slices:
             self._write(piece)
             if reading := wishes.readings.get(piece.sequence):
-                reading.take(piece.start, _scores(piece, reading.top))
+                self._read(piece, reading)
         return [
             self._draw(piece.sequence, choice, drafted, wishes.masks.get(piece.sequence))
             for piece in slices
@@ -198,6 +198,15 @@ class FakeRunner:
             self.cache.data[layer, :, blocks, positions % BLOCK_TOKENS, 0, 0] = np.asarray(
                 tokens, np.float32
             )[:, None]
+
+    def _read(self, piece: Slice, reading: Reading) -> None:
+        """Scores as `_scores` says; an embedding counts the prompt's tokens modulo 8."""
+        if reading.top is not None:
+            reading.take(piece.start, _scores(piece, reading.top))
+        if reading.embed and piece.end == piece.sequence.prompt_len:
+            tokens = self._kv(piece.sequence, np.arange(piece.end))[0, 0].ravel().astype(int)
+            counts = np.bincount(tokens % 8, minlength=8)
+            reading.embedding = (counts / np.linalg.norm(counts)).astype("<f4").tobytes()
 
     def _draw(
         self, sequence: batching.Sequence, choice: int, drafted: int, allowed: Mask | None

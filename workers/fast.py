@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.program import Pool, Span
+from kernels.reference import rms_norm
 from scheduler.blocks import blocks_for
 from workers.fast_model import HEAD_ROWS, FastModel
 from workers.kv_cache import KvCache
@@ -33,6 +34,7 @@ class FastRunner:
         self.vocab = checkpoint.shape.vocab
         self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
         self.model = FastModel(checkpoint, self.cache, Pool(threads), max_rows)
+        self._norm = torch.from_numpy(self.model.norm)
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
@@ -49,11 +51,15 @@ class FastRunner:
         self.model.program.run(tokens, spans, drawn)
         if wishes.readings:
             hidden = torch.from_numpy(self.model.x.data[: len(tokens)])
-            read(slices, hidden, self._logits, wishes.readings)
+            read(slices, hidden, self, wishes.readings)
         logits = torch.from_numpy(self.model.drawn_logits.data[: len(drawn)])
         return sample(logits, make_draws(slices, wishes.masks))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, D] -> [n, V]."""
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head.final."""
+        return rms_norm(hidden, self._norm, self.model.shape.norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head.logits."""
         assert len(hidden) <= HEAD_ROWS, f"{len(hidden)} rows read at a time"
         return torch.from_numpy(self.model.logits(hidden.numpy()))

@@ -47,7 +47,7 @@ class FastModel:
         program = self.program = Program(pool, max_rows)
         self._table = self._matrix("model.embed_tokens.weight")
         self._head = self._table if shape.tied_embeddings else self._matrix("lm_head.weight")
-        self._norm = self._vector("model.norm.weight")
+        self.norm = self._vector("model.norm.weight")
         self.x = program.floats(shape.hidden)
         self._angles = program.floats(shape.head_dim)
         self._normed = program.acts(shape.hidden)
@@ -127,7 +127,7 @@ class FastModel:
     def _say(self, program: Program, hidden: Floats, normed: Acts) -> Floats:
         """The head: logits of the rows of `hidden`."""
         out = program.floats(self.shape.vocab)
-        program.norm(hidden, self._norm, self.shape.norm_eps, normed)
+        program.norm(hidden, self.norm, self.shape.norm_eps, normed)
         program.matmul(self._head, normed, out)
         return out
 

@@ -92,7 +92,12 @@ class Model:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of `hidden` [n, D] -> [n, V]."""
-        return ops.rms_norm(hidden, self.norm, self.shape.norm_eps) @ self.head
+        return self.final(hidden) @ self.head
+
+    @torch.inference_mode()
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of `hidden` as the head reads them, [n, D]."""
+        return ops.rms_norm(hidden, self.norm, self.shape.norm_eps)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:

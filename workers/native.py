@@ -41,7 +41,7 @@ class NativeRunner:
         batch = make_batch(slices)
         hidden = self.model.hidden(batch, self._cache)
         if wishes.readings:
-            read(slices, hidden, self.model.logits, wishes.readings)
+            read(slices, hidden, self.model, wishes.readings)
         return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices, wishes.masks))
 
 

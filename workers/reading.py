@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,25 +18,45 @@ if TYPE_CHECKING:
 ROWS = 16  # logits of so many rows exist at a time: 16 × 128,000 × 4 bytes = 8 MB
 
 
+class Head(Protocol):
+    """The end of a model, after its last layer."""
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalised as the vocabulary's matrix reads it: [n, D] -> [n, D]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, D] -> [n, V], for at most ROWS rows."""
+        ...
+
+
 def read(
     slices: Iterable[Slice],
     hidden: torch.Tensor,
-    logits: Callable[[torch.Tensor], torch.Tensor],
+    head: Head,
     readings: Mapping[batching.Sequence, Reading],
 ) -> None:
-    """Fill `readings` with the scores of their prompts' tokens.
-
-    hidden [T, D] holds the slices' rows one after another; `logits` makes [n, V] of [n, D].
-    """
+    """Fill `readings` with what the slices' rows, hidden [T, D] one after another, say of them."""
     row = 0
     for piece in slices:
-        if reading := readings.get(piece.sequence):
+        reading = readings.get(piece.sequence)
+        if reading and reading.top is not None:
             # The row of position p says what comes at p + 1.
             end = min(piece.end + 1, piece.sequence.prompt_len)
             targets = piece.sequence.tokens[piece.start + 1 : end]
             rows = hidden[row : row + len(targets)]
-            reading.take(piece.start, score(rows, logits, targets, reading.top))
+            reading.take(piece.start, score(rows, head.logits, targets, reading.top))
+        if reading and reading.embed and piece.end == piece.sequence.prompt_len:
+            last = row + piece.end - piece.start - 1
+            reading.embedding = embed(head.final(hidden[last : last + 1])[0])
         row += len(piece.tokens)
+
+
+@torch.inference_mode()
+def embed(hidden: torch.Tensor) -> bytes:
+    """A row [D] as a vector of length 1, float32 and little-endian."""
+    vector = torch.nn.functional.normalize(hidden.float(), dim=-1)
+    return vector.numpy().astype("<f4").tobytes()
 
 
 @torch.inference_mode()
@@ -46,7 +66,10 @@ def score(
     targets: list[int],
     top: int,
 ) -> list[Sampled]:
-    """Logprob of each target [n] after its row of hidden [n, D], and the `top` likeliest."""
+    """Logprob of each target [n] after its row of hidden [n, D], and the `top` likeliest.
+
+    `logits` makes [n, V] of [n, D].
+    """
     scores: list[Sampled] = []
     for first in range(0, len(targets), ROWS):
         ids = torch.tensor(targets[first : first + ROWS]).unsqueeze(1)

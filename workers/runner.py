@@ -27,7 +27,9 @@ class Sampled:
 class Reading:
     """What is read off a prompt while it passes, chunk by chunk."""
 
-    top: int  # how many alternatives to report beside each token
+    top: int | None = None  # score its tokens, with so many alternatives beside each
+    embed: bool = False
+    embedding: bytes = b""  # [D] float32: the last token's hidden state, of length 1
     scores: list[Sampled] = field(default_factory=list)  # of its second token, its third, …
 
     def take(self, start: int, scores: list[Sampled]) -> None:

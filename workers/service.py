@@ -34,6 +34,8 @@ from scheduler.messages import (
     Rates,
     Role,
     Submit,
+    Tokenise,
+    Tokenised,
     Wire,
 )
 from scheduler.request import Job, Prompt
@@ -205,6 +207,10 @@ class WorkerService:
                 task = asyncio.create_task(self._serve(message.job, message.handoff))
                 self._jobs[key] = task
                 task.add_done_callback(partial(self._done, key))
+            elif isinstance(message, Tokenise):
+                key = (message.id, 0)
+                self._jobs[key] = asyncio.create_task(self._tokenise(message))
+                self._jobs[key].add_done_callback(partial(self._done, key))
             elif isinstance(message, Cancel):
                 self._cancel((message.id, message.epoch))
             else:
@@ -245,6 +251,20 @@ class WorkerService:
         except Exception as error:  # the job goes elsewhere, the worker goes on
             logger.exception("job %s failed", job.id)
             await self._fail(job, FailureKind.INTERNAL, f"{type(error).__name__}: {error}")
+
+    async def _tokenise(self, question: Tokenise) -> None:
+        """Always ends in a Tokenised or in one Failed."""
+        text, kind = self._engine.text, FailureKind.BAD_REQUEST
+        try:
+            ids = await asyncio.to_thread(text.encode, question.prompt, question.created)
+            said = b"".join(map(text.token_bytes, ids)).decode(errors="replace")
+            await self._tell(Tokenised(question.id, ids, tuple(map(text.token_text, ids)), said))
+        except BadRequest as error:
+            await self._tell(Failed(question.id, 0, kind, error.message, error.param, error.code))
+        except Exception as error:  # whoever asked hears of it, the worker goes on
+            logger.exception("question %s failed", question.id)
+            reason = f"{type(error).__name__}: {error}"
+            await self._tell(Failed(question.id, 0, FailureKind.INTERNAL, reason))
 
     async def _hand_over(self, job: Job, prompt: list[int], peer: Peer) -> None:
         """Reserve there, compute the prompt here, push."""

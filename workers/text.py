@@ -165,9 +165,9 @@ class Text:
         if prompt.ids is not None:
             return self._checked(prompt.ids)
         if prompt.messages is not None:
-            rendered = self._render(prompt.messages, prompt.tools, created)
+            rendered = self._render(prompt, prompt.messages, created)
             return self._tokenise(rendered, "messages", add_special_tokens=False)
-        return self._tokenise(prompt.text or "", "prompt", add_special_tokens=True)
+        return self._tokenise(prompt.text or "", "prompt", add_special_tokens=prompt.special)
 
     def stream(
         self,
@@ -208,7 +208,7 @@ class Text:
             raise BadRequest("The prompt has no tokens.", param=param)
         return ids
 
-    def _render(self, messages: tuple[Message, ...], tools: str | None, created: float) -> str:
+    def _render(self, prompt: Prompt, messages: tuple[Message, ...], created: float) -> str:
         if self._template is None:
             raise BadRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
@@ -216,6 +216,7 @@ class Text:
         if not messages:
             raise BadRequest("There must be at least one message.", param="messages")
 
+        tools = prompt.tools
         if tools and not self._knows_tools:
             messages, tools = explain(messages, tools), None
 
@@ -227,7 +228,7 @@ class Text:
             return self._template.render(
                 messages=[_message(message) for message in messages],
                 tools=json.loads(tools) if tools else None,
-                add_generation_prompt=True,
+                add_generation_prompt=prompt.generation,
                 strftime_now=strftime_now,
                 **self._special_tokens,
             )

@@ -118,9 +118,7 @@ def chat(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> Call:
     """Raises BadRequest, which names the field."""
     body = checks.decode(raw, _CHAT)
     _check(body, least_tokens=1)
-    messages = tuple(_message(message, at) for at, message in enumerate(body.messages))
-    if not messages:
-        raise _refuse("messages", "must hold at least one message")
+    messages = read_messages(body.messages)
     if body.top_logprobs is not None and not body.logprobs:
         raise _refuse("top_logprobs", "is only allowed when logprobs is true")
     if body.max_completion_tokens is not None:
@@ -143,7 +141,7 @@ def completion(raw: bytes, ask_id: str, created: float, limits: HttpLimits) -> C
     checks.check_bounds(body, {"logprobs": checks.COMPLETION_LOGPROBS})
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise _refuse("best_of", "must be equal to n: choosing among more is not supported")
-    call = _call(body, _prompts(body.prompt), body.logprobs, ask_id, created, limits)
+    call = _call(body, read_prompts(body.prompt, "prompt"), body.logprobs, ask_id, created, limits)
     ask = msgspec.structs.replace(call.ask, echo=bool(body.echo))
     return msgspec.structs.replace(call, ask=ask)
 
@@ -220,6 +218,13 @@ def _stop(asked: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
+def read_messages(sent: list[ChatMessage]) -> tuple[Message, ...]:
+    """Raises BadRequest, which names the field."""
+    if not sent:
+        raise _refuse("messages", "must hold at least one message")
+    return tuple(_message(message, at) for at, message in enumerate(sent))
+
+
 def _message(message: ChatMessage, at: int) -> Message:
     path = f"messages[{at}]"
     if message.role not in ROLES:
@@ -247,7 +252,8 @@ def _text(content: str | list[Part] | None, path: str) -> str:
     return "\n".join(texts)  # as vLLM does for templates that take plain text
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[Prompt, ...]:
+def read_prompts(prompt: str | list[str | int | list[int]], param: str) -> tuple[Prompt, ...]:
+    """Texts or token ids, one or many, as field `param` has them. Raises BadRequest."""
     items: list[Any] = [prompt] if isinstance(prompt, str) else prompt
     kinds = set(map(type, items))
     if kinds == {str}:
@@ -257,7 +263,7 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[Prompt, ...]:
     if kinds == {list} and all(items):
         return tuple(Prompt(ids=item) for item in items)
     raise _refuse(
-        "prompt",
+        param,
         "must be a string, an array of strings, an array of token ids, or an array of arrays of"
         " token ids, none of them empty",
     )

@@ -57,12 +57,11 @@ def read_tools(body: ChatBody) -> tuple[ToolUse | None, str | None, Grammar | No
     Raises BadRequest, which names the field.
     """
     tools, choice = body.tools or [], body.tool_choice or "auto"
-    _check(tools)
+    definitions = define(tools)
     if not tools and choice not in ("none", "auto"):
         raise _refuse("tool_choice", "needs tools to choose from")
     if not tools or choice == "none":
         return None, None, None
-    definitions = msgspec.json.encode(tools).decode()
     parallel = body.parallel_tool_calls is not False
     if isinstance(choice, Named):
         named = _find(choice.function.name, tools)
@@ -75,7 +74,8 @@ def read_tools(body: ChatBody) -> tuple[ToolUse | None, str | None, Grammar | No
     return ToolUse("any", parallel=parallel), definitions, _any_of(tools, parallel)
 
 
-def _check(tools: list[Tool]) -> None:
+def define(tools: list[Tool]) -> str:
+    """The definitions as templates get them. Raises BadRequest, which names the field."""
     for at, tool in enumerate(tools):
         if tool.type != "function":
             raise _refuse(f"tools[{at}].type", "must be function")
@@ -83,6 +83,7 @@ def _check(tools: list[Tool]) -> None:
             raise _refuse(
                 f"tools[{at}].function.name", "must be 1 to 64 of letters, digits and _.-"
             )
+    return msgspec.json.encode(tools).decode()
 
 
 def _find(name: str, tools: list[Tool]) -> Function:

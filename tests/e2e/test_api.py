@@ -8,8 +8,10 @@ import os
 import re
 import signal
 
+import aiohttp
 import openai
 import pytest
+from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 TOOL = {
@@ -82,6 +84,44 @@ async def check_tools(api, model) -> None:
         assert after.usage.prompt_tokens > whole.usage.prompt_tokens
 
 
+async def check_tokens(cluster, model) -> None:
+    async with aiohttp.ClientSession(cluster.url) as http:
+
+        async def ask(path, **body):
+            async with http.post(path, json={"model": model, **body}) as response:
+                return await response.json()
+
+        found = await ask("/tokenize", prompt="Hello there", return_token_strs=True)
+        assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+        assert "".join(found["token_strs"]) == "Hello there"
+        assert found["max_model_len"] > 0
+        back = await ask("/detokenize", tokens=found["tokens"])
+        assert back == {"prompt": "Hello there"}
+        chat = await ask("/tokenize", messages=ASK["messages"])
+        bare = await ask("/tokenize", messages=ASK["messages"], add_generation_prompt=False)
+        assert chat["token_strs"] is None
+        assert chat["tokens"][: bare["count"]] == bare["tokens"]
+        refused = await ask("/detokenize", tokens=[10**6])
+        assert refused["error"]["param"] == "tokens"
+
+
+async def check_embeddings(api, model) -> None:
+    texts = ["A cat sat.", "A dog ran.", "A cat sat."]
+    plain = await api.embeddings.create(model=model, input=texts, encoding_format="float")
+    packed = await api.embeddings.create(model=model, input=texts)  # the client asks for base64
+    CreateEmbeddingResponse.model_validate(plain.to_dict(), strict=True)
+    vectors = [item.embedding for item in plain.data]
+    assert [item.index for item in plain.data] == [0, 1, 2]
+    assert [item.embedding for item in packed.data] == vectors
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-4)
+    assert vectors[0] != vectors[1]
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-4) for vector in vectors)
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 0
+    with pytest.raises(openai.BadRequestError) as refused:
+        await api.embeddings.create(model=model, input="")
+    assert refused.value.param == "input"
+
+
 async def check_refusals(api, model) -> None:
     bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nothing"}}}
     with pytest.raises(openai.BadRequestError) as refused:
@@ -96,6 +136,8 @@ async def test_everything_in_each_shape(serve, shape):
         async with client(cluster) as api:
             await check_echo(api, "fake")
             await check_tools(api, "fake")
+            await check_tokens(cluster, "fake")
+            await check_embeddings(api, "fake")
             await check_refusals(api, "fake")
 
 
@@ -126,3 +168,20 @@ async def test_a_killed_worker_costs_no_brace_and_no_call(serve, until, victim):
             assert await asyncio.gather(*running) == unbroken
             cluster.wait_for(rf"worker {victim} ended")
         assert list(json.loads(unbroken[0][0][0][0])) == ["a", "b"]
+
+
+@pytest.mark.model
+@pytest.mark.timeout(240)
+@pytest.mark.asyncio
+async def test_the_real_model_does_it_all(serve):
+    model = "smollm2-135m-instruct"
+    with serve(model) as cluster:
+        async with client(cluster) as api:
+            await check_echo(api, model)
+            await check_tools(api, model)
+            await check_tokens(cluster, model)
+            await check_embeddings(api, model)
+            reply = await api.chat.completions.create(
+                model=model, response_format=FORMAT, max_tokens=200, **ASK
+            )
+            assert list(json.loads(reply.choices[0].message.content)) == ["a", "b"]

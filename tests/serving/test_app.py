@@ -376,7 +376,7 @@ async def test_the_content_type_does_not_matter(edge, kind):
     ("method", "path", "status", "allow"),
     [
         ("GET", "/", 404, None),
-        ("POST", "/v1/embeddings", 404, None),
+        ("POST", "/v1/images/generations", 404, None),
         ("GET", CHAT_PATH, 405, "POST"),
         ("DELETE", "/v1/models", 405, "GET,HEAD"),
         ("GET", "/v1/models/", 404, None),
