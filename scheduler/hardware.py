@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from scheduler.cost import Provenance
 from scheduler.errors import SetupError
-from scheduler.profiles import Provenance, StepProfile
+from scheduler.profiles import StepProfile
 
 FOLDER = "catalogue"
 USABLE_MEMORY = 0.9  # the rest is the engine's own, and fragments

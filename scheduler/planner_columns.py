@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from scheduler.capacity import Capacity, Slo, capacity
+from scheduler.cost import Provenance
 from scheduler.messages import Role
 from scheduler.planner_model import Options
 from scheduler.problem import Bucket, Column, Problem, WholeNodes, check
 from scheduler.profile_import import Imported, read_profile
-from scheduler.profiles import Provenance, StepProfile
 from scheduler.roofline import roofline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.hardware import Gpu, Offer
+    from scheduler.profiles import StepProfile
     from scheduler.service_file import Demand, Service
 
 Key = tuple[str, str, int]  # model's name in the service, GPU, TP

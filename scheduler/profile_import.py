@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
+from scheduler.cost import Provenance
 from scheduler.errors import SetupError
-from scheduler.profiles import Provenance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

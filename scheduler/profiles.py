@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-Provenance = Literal["measured", "fitted", "modelled", "assumed"]  # best first
+from scheduler.cost import Provenance
+
 Coefficients = tuple[float, float, float]
 
 
