@@ -20,7 +20,7 @@ from kernels import dispatch, library
 from kernels.library import OP_KINDS, OP_STRUCTS, BatchStruct, Heads, KvLayer, MatrixStruct, Op
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     Array = np.ndarray[Any, Any]
 
@@ -153,6 +153,7 @@ class Program:
         self._ops: list[Op] = []
         self._array: Any = None
         self._kept: list[Any] = []  # what the operations point to
+        self._calls: list[tuple[int, Callable[[int], None]]] = []  # operations before each
 
     # Buffers
 
@@ -238,6 +239,10 @@ class Program:
             raise ValueError(f"{out.size} sums of {values.size} values; each is of 2^18")
         self._add("sum", (values.ctypes.data, out.ctypes.data, values.size), values, out)
 
+    def call(self, function: Callable[[int], None]) -> None:
+        """Between the operations before it and those after it call `function(T)`, in Python."""
+        self._calls.append((len(self._ops), function))
+
     def run(self, tokens: Sequence[int], spans: Sequence[Span], drawn: Sequence[int]) -> None:
         """Run everything for one step's tokens; every row is in exactly one span.
 
@@ -264,9 +269,18 @@ class Program:
             table_array.ctypes.data,
             drawn_rows.ctypes.data,
         )
-        library.load().motley_run(
-            self.pool.handle, self._array, len(self._ops), ctypes.byref(batch)
-        )
+        done = 0
+        for end, function in self._calls:
+            self._run(done, end, batch)
+            function(len(tokens))
+            done = end
+        self._run(done, len(self._ops), batch)
+
+    def _run(self, first: int, end: int, batch: BatchStruct) -> None:
+        """The operations [first, end)."""
+        if first < end:
+            ops = ctypes.byref(self._array, first * ctypes.sizeof(Op))
+            library.load().motley_run(self.pool.handle, ops, end - first, ctypes.byref(batch))
 
     def _add(self, kind: str, fields: tuple[Any, ...], *kept: Any, wait: bool = True) -> None:
         op = Op(kind=OP_KINDS[kind], wait=int(wait))

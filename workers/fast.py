@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.program import Pool, Span
+from kernels.program import Pool
 from kernels.reference import rms_norm
-from scheduler.blocks import blocks_for
 from workers.fast_model import HEAD_ROWS, FastModel
 from workers.kv_cache import KvCache
+from workers.layout import lay_out
 from workers.native import make_draws
 from workers.reading import read
 from workers.runner import NO_WISHES
@@ -38,21 +38,12 @@ class FastRunner:
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
-        tokens: list[int] = []
-        drawn: list[int] = []
-        spans: list[Span] = []
-        for piece in slices:
-            rows = piece.tokens
-            blocks = piece.sequence.blocks[: blocks_for(piece.start + len(rows))]
-            spans.append(Span(len(tokens), len(rows), piece.start, blocks))
-            tokens += rows
-            if piece.choices:
-                drawn += range(len(tokens) - 1 - len(piece.draft), len(tokens))
-        self.model.program.run(tokens, spans, drawn)
+        layout = lay_out(slices)
+        self.model.program.run(layout.tokens, layout.spans, layout.drawn)
         if wishes.readings:
-            hidden = torch.from_numpy(self.model.x.data[: len(tokens)])
+            hidden = torch.from_numpy(self.model.x.data[: len(layout.tokens)])
             read(slices, hidden, self, wishes.readings)
-        logits = torch.from_numpy(self.model.drawn_logits.data[: len(drawn)])
+        logits = torch.from_numpy(self.model.drawn_logits.data[: len(layout.drawn)])
         return sample(logits, make_draws(slices, wishes.masks))
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:

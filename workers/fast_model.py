@@ -12,9 +12,12 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from kernels.program import FORMATS, Acts, Floats, HeadCounts, Matrix, Pool, Program, QkvExtras
+from workers.weights.families import EMBEDDING
 from workers.weights.quantise import quantise
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scheduler.models import ModelShape
     from workers.kv_cache import KvCache
     from workers.weights.checkpoint import Checkpoint
@@ -40,13 +43,25 @@ class FastModel:
     logits of the drawn rows.
     """
 
-    def __init__(self, checkpoint: Checkpoint, cache: KvCache, pool: Pool, max_rows: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache: KvCache,
+        pool: Pool,
+        max_rows: int,
+        combine: Callable[[Array], None] | None = None,
+    ) -> None:
+        """With `combine` the checkpoint is a part of a model, without its embedding.
+
+        `combine` turns a part [T, D] of a layer's output, in place, into the whole; the tokens'
+        rows are to be in `x` before `program.run`.
+        """
+        self._combine = combine
         shape = self.shape = checkpoint.shape
         self._checkpoint = checkpoint
         self._cache = cache
         program = self.program = Program(pool, max_rows)
-        self._table = self._matrix("model.embed_tokens.weight")
-        self._head = self._table if shape.tied_embeddings else self._matrix("lm_head.weight")
+        self._head = self._matrix("lm_head.weight")
         self.norm = self._vector("model.norm.weight")
         self.x = program.floats(shape.hidden)
         self._angles = program.floats(shape.head_dim)
@@ -56,7 +71,10 @@ class FastModel:
         self._mixed_acts = program.acts(shape.heads * shape.head_dim)
         self._gate_up = program.floats(2 * shape.ffn)
         self._inner = program.acts(shape.ffn)
-        program.embed(self._table, self.x)
+        self._part = program.floats(shape.hidden)  # takes no memory until it is used
+        if combine is None:
+            tied = shape.tied_embeddings
+            program.embed(self._head if tied else self._matrix(EMBEDDING), self.x)
         program.angles(_frequencies(shape), self._angles, shape.rope_magnitude)
         for number in range(shape.layers):
             self._attention(number)
@@ -96,7 +114,7 @@ class FastModel:
         window = shape.window if number in shape.window_layers else 0
         program.attention(self._qkv, heads, cache, self._mixed, window)
         program.quantise(self._mixed, self._mixed_acts)
-        program.matmul(self._matrix(f"{prefix}o_proj.weight"), self._mixed_acts, self.x, add=True)
+        self._contribute(f"{prefix}o_proj.weight", self._mixed_acts)
 
     def _feed_forward(self, number: int) -> None:
         """x += down(silu(gate) · up) of norm(x)."""
@@ -107,7 +125,22 @@ class FastModel:
         program.matmul(self._matrix(f"{prefix}gate_proj.weight"), self._normed, gate)
         program.matmul(self._matrix(f"{prefix}up_proj.weight"), self._normed, up, wait=False)
         program.silu_mul(self._gate_up, self._inner)
-        program.matmul(self._matrix(f"{prefix}down_proj.weight"), self._inner, self.x, add=True)
+        self._contribute(f"{prefix}down_proj.weight", self._inner)
+
+    def _contribute(self, name: str, acts: Acts) -> None:
+        """x += matrix · acts, of all parts of the model."""
+        matrix = self._matrix(name)
+        if self._combine is None:
+            self.program.matmul(matrix, acts, self.x, add=True)
+        else:
+            self.program.matmul(matrix, acts, self._part)
+            self.program.call(self._add_parts)
+
+    def _add_parts(self, rows: int) -> None:
+        assert self._combine, "only a part is added to others"
+        part = self._part.data[:rows]
+        self._combine(part)
+        self.x.data[:rows] += part
 
     def _normalise(self, number: int, name: str) -> None:
         weight = self._vector(f"model.layers.{number}.{name}.weight")

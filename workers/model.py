@@ -1,7 +1,8 @@
 """A decoder of the Llama family over a ragged batch: straight lines, fp32 (`exact` mode).
 
 It knows no ranks, no sequences and no schedule: tokens are flat rows [T, D], and the batch says for
-each row its position, its slot in the paged cache, and what it attends to.
+each row its position, its slot in the paged cache, and what it attends to. Where a checkpoint is a
+part of a model, `combine` makes the whole of what the parts give.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch
 
 from kernels import reference as ops
 from workers.feed_forward import FeedForward, load_feed_forward
+from workers.weights.families import EMBEDDING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workers.weights.checkpoint import Checkpoint
 
 
@@ -64,22 +68,28 @@ class Layer:
     ffn: FeedForward
 
 
+def alone(part: torch.Tensor) -> None:
+    """The combination of one part: it is the whole."""
+
+
 class Model:
     """Weights in memory, and the forward pass over them."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, combine: Callable[[torch.Tensor], None] = alone
+    ) -> None:
+        """`combine` turns a part [T, D] of a layer's output, in place, into the whole."""
+        self._combine = combine
         self.shape = checkpoint.shape
         divisors = self.shape.rope_divisors
         self.rope_divisors = torch.tensor(divisors) if divisors else None  # [E/2]
         self.layers = [_layer(checkpoint, number) for number in range(self.shape.layers)]
         self.norm = checkpoint.tensor("model.norm.weight")
-        table = checkpoint.tensor("model.embed_tokens.weight")  # [V, D]
-        if self.shape.tied_embeddings:
-            self.head = table.t().contiguous()  # [D, V]
+        self.head = checkpoint.tensor("lm_head.weight").t().contiguous()  # [D, V]
+        if self.shape.tied_embeddings or EMBEDDING not in checkpoint.names:
             self.embedding = self.head.t()  # the same memory
         else:
-            self.head = checkpoint.tensor("lm_head.weight").t().contiguous()
-            self.embedding = table
+            self.embedding = checkpoint.tensor(EMBEDDING)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
@@ -100,8 +110,13 @@ class Model:
         return ops.rms_norm(hidden, self.norm, self.shape.norm_eps)
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """Write the batch's keys and values, and give the last layer's output [T, D]."""
+    def hidden(
+        self, batch: Batch, cache: torch.Tensor, x: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Write the batch's keys and values, and give the last layer's output [T, D].
+
+        `x` [T, D] are the tokens' rows of the embedding, where somebody else keeps that.
+        """
         shape, eps = self.shape, self.shape.norm_eps
         cos, sin = ops.rope_angles(
             batch.positions,
@@ -110,11 +125,15 @@ class Model:
             self.rope_divisors,
             shape.rope_magnitude,
         )
-        x = self.embedding[batch.tokens]  # [T, D]
+        x = self.embedding[batch.tokens] if x is None else x
         for layer, kv in zip(self.layers, cache, strict=True):
             qkv = ops.rms_norm(x, layer.attention_norm, eps) @ layer.qkv
-            x = x + self._attention(layer, qkv, cos, sin, kv, batch) @ layer.attention_out
-            x = x + layer.ffn.forward(ops.rms_norm(x, layer.ffn_norm, eps))
+            attended = self._attention(layer, qkv, cos, sin, kv, batch) @ layer.attention_out
+            self._combine(attended)
+            x = x + attended
+            fed = layer.ffn.forward(ops.rms_norm(x, layer.ffn_norm, eps))
+            self._combine(fed)
+            x = x + fed
         return x
 
     def _attention(

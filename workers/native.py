@@ -1,4 +1,4 @@
-"""The native runner: a step's slices become index tensors, the model runs, the sampler draws."""
+"""The native runner: a step's rows become index tensors, the model runs, the sampler draws."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scheduler.blocks import blocks_for
 from scheduler.models import BLOCK_TOKENS
 from workers.kv_cache import KvCache
+from workers.layout import lay_out
 from workers.model import Batch, Decode, Model, Prefill
 from workers.reading import read
 from workers.runner import NO_WISHES
@@ -17,9 +17,11 @@ from workers.sampling import Draw, sample
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from kernels.program import Span
     from scheduler import batching
     from scheduler.batching import Slice
     from workers.grammar import Mask
+    from workers.layout import Layout
     from workers.runner import Sampled, Wishes
     from workers.weights.checkpoint import Checkpoint
 
@@ -38,40 +40,33 @@ class NativeRunner:
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
-        batch = make_batch(slices)
+        batch = make_batch(lay_out(slices))
         hidden = self.model.hidden(batch, self._cache)
         if wishes.readings:
             read(slices, hidden, self.model, wishes.readings)
         return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices, wishes.masks))
 
 
-def make_batch(slices: Sequence[Slice]) -> Batch:
-    """Lay the slices' tokens out one after another."""
-    tokens: list[int] = []
-    drawn: list[int] = []
+def make_batch(layout: Layout) -> Batch:
+    """The same rows as index tensors."""
     positions, slots, prefills = [], [], []
-    newest: list[tuple[int, Slice]] = []  # row and slice of each single token
-    for piece in slices:
-        first = len(tokens)
-        end = piece.end + len(piece.draft)
-        table = torch.tensor(piece.sequence.blocks[: blocks_for(end)])
-        place = torch.arange(piece.start, end)
-        tokens += piece.tokens
+    newest: list[Span] = []  # of a single token each
+    for span in layout.spans:
+        table = torch.tensor(span.blocks)
+        place = torch.arange(span.start, span.start + span.count)
         positions.append(place)
         slots.append(table[place // BLOCK_TOKENS] * BLOCK_TOKENS + place % BLOCK_TOKENS)
-        if end - piece.start == 1:
-            newest.append((first, piece))
+        if span.count == 1:
+            newest.append(span)
         else:
-            prefills.append(Prefill(first, len(tokens), piece.start, table))
-        if piece.choices:
-            drawn += range(len(tokens) - 1 - len(piece.draft), len(tokens))
+            prefills.append(Prefill(span.first, span.first + span.count, span.start, table))
     return Batch(
-        tokens=torch.tensor(tokens),
+        tokens=torch.tensor(layout.tokens),
         positions=torch.cat(positions),
         slots=torch.cat(slots),
         prefills=tuple(prefills),
         decodes=tuple(_decodes(newest)),
-        drawn=torch.tensor(drawn, dtype=torch.int64),
+        drawn=torch.tensor(layout.drawn, dtype=torch.int64),
     )
 
 
@@ -105,17 +100,16 @@ def _draw(piece: Slice, row: int, choice: int, drafted: int, allowed: Mask | Non
     )
 
 
-def _decodes(newest: list[tuple[int, Slice]]) -> Iterator[Decode]:
+def _decodes(newest: list[Span]) -> Iterator[Decode]:
     """Group single tokens by the length of their context."""
-    group: list[tuple[int, Slice]] = []
-    for row, piece in sorted(newest, key=lambda item: item[1].end):
-        width = blocks_for(piece.end)
-        if group and not _fits(width, blocks_for(group[0][1].end), len(group) + 1):
-            yield _decode(group, blocks_for(group[-1][1].end))
+    group: list[Span] = []
+    for span in sorted(newest, key=lambda span: span.start):
+        if group and not _fits(len(span.blocks), len(group[0].blocks), len(group) + 1):
+            yield _decode(group)
             group = []
-        group.append((row, piece))
+        group.append(span)
     if group:
-        yield _decode(group, blocks_for(group[-1][1].end))
+        yield _decode(group)
 
 
 def _fits(widest: int, narrowest: int, count: int) -> bool:
@@ -123,13 +117,13 @@ def _fits(widest: int, narrowest: int, count: int) -> bool:
     return widest <= 2 * narrowest and widest * count <= GROUP_BLOCKS
 
 
-def _decode(group: list[tuple[int, Slice]], width: int) -> Decode:
-    tables = torch.zeros(len(group), width, dtype=torch.int64)
-    for table, (_, piece) in zip(tables, group, strict=True):
-        blocks = piece.sequence.blocks[: blocks_for(piece.end)]
-        table[: len(blocks)] = torch.tensor(blocks)
+def _decode(group: list[Span]) -> Decode:
+    """Of spans whose last has the longest context."""
+    tables = torch.zeros(len(group), len(group[-1].blocks), dtype=torch.int64)
+    for table, span in zip(tables, group, strict=True):
+        table[: len(span.blocks)] = torch.tensor(span.blocks)
     return Decode(
-        rows=torch.tensor([row for row, _ in group]),
+        rows=torch.tensor([span.first for span in group]),
         tables=tables,
-        lengths=torch.tensor([piece.end for _, piece in group]),
+        lengths=torch.tensor([span.start + 1 for span in group]),
     )

@@ -5,6 +5,7 @@ import torch
 
 from scheduler.batching import Sequence, Slice
 from scheduler.request import Job, Limits, Prompt, Sampling
+from workers.layout import lay_out
 from workers.native import GROUP_BLOCKS, NativeRunner, make_batch, make_draws
 
 
@@ -40,14 +41,13 @@ def new_decode(length, first_block=0):
 
 
 def test_slices_are_laid_out_one_after_another():
-    batch = make_batch(
-        [
-            Slice(sequence(range(100, 118), [5, 2, 9]), 17, 18),
-            Slice(sequence(range(200, 240), [7, 1, 3]), 14, 18),
-            Slice(sequence(range(300, 303), [4]), 0, 3),
-            Slice(sequence([400], [8]), 0, 1),
-        ]
-    )
+    slices = [
+        Slice(sequence(range(100, 118), [5, 2, 9]), 17, 18),
+        Slice(sequence(range(200, 240), [7, 1, 3]), 14, 18),
+        Slice(sequence(range(300, 303), [4]), 0, 3),
+        Slice(sequence([400], [8]), 0, 1),
+    ]
+    batch = make_batch(lay_out(slices))
     assert batch.tokens.tolist() == [117, 214, 215, 216, 217, 300, 301, 302, 400]
     assert batch.positions.tolist() == [17, 14, 15, 16, 17, 0, 1, 2, 0]
     assert batch.slots.tolist() == [33, 126, 127, 16, 17, 64, 65, 66, 128]
@@ -78,7 +78,7 @@ LONG = GROUP_BLOCKS * 16
     ],
 )
 def test_decodes_are_grouped_by_length_and_by_what_they_read_together(lengths, groups):
-    batch = make_batch([new_decode(length) for length in lengths])
+    batch = make_batch(lay_out([new_decode(length) for length in lengths]))
     assert [decode.lengths.tolist() for decode in batch.decodes] == groups
     rows = [row for decode in batch.decodes for row in decode.rows.tolist()]
     assert sorted(rows) == list(range(len(lengths)))
