@@ -8,20 +8,19 @@ import torch
 
 from scheduler.models import BLOCK_TOKENS
 from workers.kv_cache import KvCache
-from workers.layout import lay_out
+from workers.layout import lay_out, make_draws
 from workers.model import Batch, Decode, Model, Prefill
 from workers.reading import read
 from workers.runner import NO_WISHES
-from workers.sampling import Draw, sample
+from workers.sampling import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from kernels.program import Span
-    from scheduler import batching
     from scheduler.batching import Slice
-    from workers.grammar import Mask
     from workers.layout import Layout
+    from workers.reading import Array
     from workers.runner import Sampled, Wishes
     from workers.weights.checkpoint import Checkpoint
 
@@ -43,8 +42,17 @@ class NativeRunner:
         batch = make_batch(lay_out(slices))
         hidden = self.model.hidden(batch, self._cache)
         if wishes.readings:
-            read(slices, hidden, self.model, wishes.readings)
-        return sample(self.model.logits(hidden[batch.drawn]), make_draws(slices, wishes.masks))
+            read(slices, hidden.numpy(), self, wishes.readings)
+        logits = self.model.logits(hidden[batch.drawn])
+        return sample(logits.numpy(), make_draws(slices, wishes.masks))
+
+    def final(self, hidden: Array) -> Array:
+        """See Head.final."""
+        return self.model.final(torch.from_numpy(hidden)).numpy()
+
+    def logits(self, hidden: Array) -> Array:
+        """See Head.logits."""
+        return self.model.logits(torch.from_numpy(hidden)).numpy()
 
 
 def make_batch(layout: Layout) -> Batch:
@@ -67,36 +75,6 @@ def make_batch(layout: Layout) -> Batch:
         prefills=tuple(prefills),
         decodes=tuple(_decodes(newest)),
         drawn=torch.tensor(layout.drawn, dtype=torch.int64),
-    )
-
-
-def make_draws(
-    slices: Sequence[Slice], masks: Mapping[batching.Sequence, Mask] = NO_WISHES.masks
-) -> list[Draw]:
-    """The draws of each slice; those of its choices share a row of logits."""
-    draws: list[Draw] = []
-    row = 0
-    for piece in slices:
-        if piece.choices:
-            mask, own = masks.get(piece.sequence), piece.sequence.choice
-            draws += [_draw(piece, row, choice, 0, mask) for choice in piece.choices]
-            drafted = range(1, len(piece.draft) + 1)
-            draws += [_draw(piece, row + count, own, count, mask) for count in drafted]
-            row += 1 + len(piece.draft)
-    return draws
-
-
-def _draw(piece: Slice, row: int, choice: int, drafted: int, allowed: Mask | None) -> Draw:
-    """The draw after so many tokens of the draft."""
-    sequence = piece.sequence
-    return Draw(
-        row=row,
-        sampling=sequence.job.sampling,
-        prompt_index=sequence.job.prompt_index,
-        choice=choice,
-        tokens=[*sequence.tokens, *piece.draft[:drafted]] if drafted else sequence.tokens,
-        prompt_len=sequence.prompt_len,
-        allowed=allowed,
     )
 
 

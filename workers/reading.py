@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import torch
+import numpy as np
 
 from workers.runner import Sampled
+from workers.sampling import largest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    import numpy.typing as npt
+
     from scheduler import batching
     from scheduler.batching import Slice
     from workers.runner import Reading
+
+Array: TypeAlias = "npt.NDArray[np.float32]"
 
 ROWS = 16  # logits of so many rows exist at a time: 16 × 128,000 × 4 bytes = 8 MB
 
@@ -21,18 +26,18 @@ ROWS = 16  # logits of so many rows exist at a time: 16 × 128,000 × 4 bytes = 
 class Head(Protocol):
     """The end of a model, after its last layer."""
 
-    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+    def final(self, hidden: Array) -> Array:
         """Normalised as the vocabulary's matrix reads it: [n, D] -> [n, D]."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Array) -> Array:
         """[n, D] -> [n, V], for at most ROWS rows."""
         ...
 
 
 def read(
     slices: Iterable[Slice],
-    hidden: torch.Tensor,
+    hidden: Array,
     head: Head,
     readings: Mapping[batching.Sequence, Reading],
 ) -> None:
@@ -52,17 +57,14 @@ def read(
         row += len(piece.tokens)
 
 
-@torch.inference_mode()
-def embed(hidden: torch.Tensor) -> bytes:
+def embed(hidden: Array) -> bytes:
     """A row [D] as a vector of length 1, float32 and little-endian."""
-    vector = torch.nn.functional.normalize(hidden.float(), dim=-1)
-    return vector.numpy().astype("<f4").tobytes()
+    return (hidden / np.linalg.norm(hidden)).astype("<f4").tobytes()
 
 
-@torch.inference_mode()
 def score(
-    hidden: torch.Tensor,
-    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Array,
+    logits: Callable[[Array], Array],
     targets: list[int],
     top: int,
 ) -> list[Sampled]:
@@ -72,15 +74,15 @@ def score(
     """
     scores: list[Sampled] = []
     for first in range(0, len(targets), ROWS):
-        ids = torch.tensor(targets[first : first + ROWS]).unsqueeze(1)
-        logprobs = logits(hidden[first : first + ROWS]).log_softmax(-1)
-        own = logprobs.gather(1, ids).squeeze(1).tolist()
-        best, tokens = logprobs.topk(min(top, logprobs.shape[1]))
-        likeliest = zip(tokens.tolist(), best.tolist(), strict=True)
-        scores += [
-            Sampled(target, logprob, tuple(zip(ids_, logprobs_, strict=True)))
-            for target, logprob, (ids_, logprobs_) in zip(
-                targets[first : first + ROWS], own, likeliest, strict=True
-            )
-        ]
+        rows = _log_softmax(logits(hidden[first : first + ROWS]))
+        for target, row in zip(targets[first : first + ROWS], rows, strict=True):
+            likeliest = tuple((int(token), float(row[token])) for token in largest(row, top))
+            scores.append(Sampled(target, float(row[target]), likeliest))
     return scores
+
+
+def _log_softmax(logits: Array) -> Array:
+    """[n, V] -> [n, V], where each row's exponentials sum to 1."""
+    shifted: Array = logits - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted

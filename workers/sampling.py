@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
-    import torch
 
     from scheduler.request import Sampling, TokenIds
     from workers.grammar import Mask
@@ -69,13 +68,12 @@ def check(sampling: Sampling, vocab: int) -> None:
             )
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-    """One token for each draw. logits [n, V] fp32; several draws may share a row."""
+def sample(logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> list[Sampled]:
+    """One token for each draw. logits [n, V]; several draws may share a row."""
     if not draws:
         return []
     best = logits.argmax(-1).tolist()  # the lowest id of equals
-    rows = logits.numpy()
-    return [Sampled(best[d.row]) if d.plain else _sample_one(rows[d.row], d) for d in draws]
+    return [Sampled(best[d.row]) if d.plain else _sample_one(logits[d.row], d) for d in draws]
 
 
 def noise(seed: int, prompt_index: int, choice: int, position: int, vocab: int) -> Row:
@@ -98,7 +96,7 @@ def kept(weights: Row, s: Sampling) -> Ids:
     """Token ids, ascending, that top-k, top-p and min-p leave, out of unnormalised weights [V]."""
     ids = np.arange(len(weights))
     if 0 < s.top_k < len(weights):
-        ids = np.sort(_largest(weights, s.top_k))
+        ids = np.sort(largest(weights, s.top_k))
     if s.top_p < 1.0:
         ids = ids[_nucleus(weights[ids], s.top_p)]
     if s.min_p > 0.0:
@@ -116,7 +114,7 @@ def _sample_one(raw: npt.NDArray[np.float32], draw: Draw) -> Sampled:
     if s.logprobs is None:
         return Sampled(token)
     logprobs = row - (row.max() + np.log(np.exp(row - row.max()).sum()))
-    top = tuple((int(i), float(logprobs[i])) for i in _largest(logprobs, s.logprobs))
+    top = tuple((int(i), float(logprobs[i])) for i in largest(logprobs, s.logprobs))
     return Sampled(token, float(logprobs[token]), top)
 
 
@@ -194,7 +192,7 @@ def _nucleus(weights: Row, top_p: float) -> Ids:
     return np.sort(order[: max(1, int(np.count_nonzero(before < top_p)))])
 
 
-def _largest(row: Row, count: int) -> Ids:
+def largest(row: Row | npt.NDArray[np.float32], count: int) -> Ids:
     """Indices of the `count` largest entries, best first; of equals the lower index is better."""
     count = min(count, len(row))
     if count == 0:

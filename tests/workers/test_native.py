@@ -5,8 +5,8 @@ import torch
 
 from scheduler.batching import Sequence, Slice
 from scheduler.request import Job, Limits, Prompt, Sampling
-from workers.layout import lay_out
-from workers.native import GROUP_BLOCKS, NativeRunner, make_batch, make_draws
+from workers.layout import lay_out, make_draws
+from workers.native import GROUP_BLOCKS, NativeRunner, make_batch
 
 
 def sequence(tokens, blocks=(), *, prompt_len=None, choice=0, forks=(), sampling=None):

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from scheduler.errors import BadRequest
 from scheduler.request import Sampling
@@ -23,14 +22,18 @@ def greedy(**options):
     return Sampling(seed=0, temperature=0.0, **options)
 
 
+def fp32(rows):
+    return np.array(rows, np.float32)
+
+
 def one(logits, sampling, **where):
     """The token drawn from a single row."""
-    return sample(torch.tensor([logits]), [draw(sampling, **where)])[0].token
+    return sample(fp32([logits]), [draw(sampling, **where)])[0].token
 
 
 def drawn_at_each_position(logits, sampling, count):
     draws = [draw(sampling, emitted=[0] * position) for position in range(count)]
-    return [s.token for s in sample(torch.tensor([logits]), draws)]
+    return [s.token for s in sample(fp32([logits]), draws)]
 
 
 # ── greedy and its adjustments ──────────────────────────────────────────────────────────────────
@@ -70,8 +73,8 @@ def test_the_largest_adjusted_logit_wins(logits, options, prompt, emitted, token
 
 
 def test_rows_of_a_batch_do_not_touch_each_other():
-    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 1.0, 1.0]])
-    before = logits.clone()
+    logits = fp32([[1.0, 3.0, 2.0], [5.0, 1.0, 1.0]])
+    before = logits.copy()
     draws = [
         draw(greedy(logit_bias={1: -9.0}), row=0),
         draw(greedy(), row=0),
@@ -79,11 +82,11 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         draw(greedy(repetition_penalty=9.0), row=1),
     ]
     assert [s.token for s in sample(logits, draws)] == [2, 1, 0, 1]
-    assert torch.equal(logits, before)
+    assert np.array_equal(logits, before)
 
 
 def test_nothing_to_draw_is_no_error():
-    assert sample(torch.empty(0, 5), []) == []
+    assert sample(np.empty((0, 5), np.float32), []) == []
 
 
 # ── truncation ──────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +199,7 @@ def test_noise_lies_strictly_between_0_and_1_for_any_seed(seed):
 
 def test_a_draw_does_not_depend_on_its_batch():
     rng = np.random.default_rng(0)
-    rows = torch.tensor(rng.normal(0, 3, (8, 500)), dtype=torch.float32)
+    rows = fp32(rng.normal(0, 3, (8, 500)))
     draws = [
         draw(Sampling(seed=i % 3, top_p=0.9), row=i, emitted=[4] * i, choice=i % 2)
         for i in range(8)
@@ -213,7 +216,7 @@ def test_a_draw_does_not_depend_on_its_batch():
 
 def test_choices_of_one_row_are_drawn_apart_and_a_replay_draws_again_the_same():
     sampling = Sampling(seed=3)
-    flat = torch.zeros(1, 1000)
+    flat = np.zeros((1, 1000), np.float32)
     first = sample(flat, [draw(sampling, choice=c) for c in range(5)])
     assert len({s.token for s in first}) == 5
     again = [sample(flat, [draw(sampling, choice=c)])[0] for c in (4, 2)]
@@ -229,7 +232,7 @@ def test_choices_of_one_row_are_drawn_apart_and_a_replay_draws_again_the_same():
 def test_logprobs_are_of_the_models_own_distribution(count, top):
     logits = [value + 3.0 for value in LOGITS]  # a shift changes no probability
     sampling = greedy(logprobs=count, logit_bias={3: 50.0}, repetition_penalty=1.5)
-    (sampled,) = sample(torch.tensor([logits]), [draw(sampling)])
+    (sampled,) = sample(fp32([logits]), [draw(sampling)])
     assert sampled.token == 3
     assert sampled.logprob == pytest.approx(LOGITS[3], abs=1e-6)
     assert [token for token, _ in sampled.top] == top
@@ -237,12 +240,12 @@ def test_logprobs_are_of_the_models_own_distribution(count, top):
 
 
 def test_logprobs_are_reported_only_where_they_were_asked_for():
-    drawn = sample(torch.tensor([LOGITS]), [draw(Sampling(seed=0)), draw(greedy())])
+    drawn = sample(fp32([LOGITS]), [draw(Sampling(seed=0)), draw(greedy())])
     assert all(s == Sampled(s.token) for s in drawn)
 
 
 def test_equal_logprobs_are_listed_by_id():
-    (sampled,) = sample(torch.tensor([[1.0, 2.0, 1.0, 2.0]]), [draw(greedy(logprobs=3))])
+    (sampled,) = sample(fp32([[1.0, 2.0, 1.0, 2.0]]), [draw(greedy(logprobs=3))])
     assert [token for token, _ in sampled.top] == [1, 3, 0]
 
 
