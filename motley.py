@@ -90,6 +90,7 @@ def _serve(options: argparse.Namespace) -> None:
             threads=options.threads or max(1, (os.cpu_count() or 1) // workers),
             arguments=_passed_on(options),
         ),
+        drain_s=options.drain_s,
     )
     _run(
         lambda stop: run_router(
@@ -169,6 +170,8 @@ def _run(main: Callable[[asyncio.Event], Coroutine[object, object, None]]) -> No
             stop.set()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+                # No clean-up by exceptions: children end because their standard input closes.
+                signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ask)
@@ -221,6 +224,13 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
     command.add_argument(
         "--port", type=_port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
+    )
+    command.add_argument(
+        "--drain-s",
+        type=_count,
+        default=30,
+        metavar="S",
+        help="at the end, what requests in flight have to finish (default 30)",
     )
     command.add_argument(
         "--cluster",

@@ -69,6 +69,7 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.local: tuple[str, int] = sock.getsockname()[:2]
         self.remote: tuple[str, int] = sock.getpeername()[:2]
+        self.bytes_read = 0
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
@@ -177,6 +178,7 @@ class Connection:
             count = await self._loop.sock_recv_into(self._sock, view)
         if count == 0:
             raise ConnectionResetError(f"{self.remote} closed the connection")
+        self.bytes_read += count
         return count
 
     async def _fill(self, view: memoryview) -> None:

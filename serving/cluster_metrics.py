@@ -47,9 +47,16 @@ class ClusterCollector:
         blocks = GaugeMetricFamily(
             "motley_worker_kv_blocks", "Blocks of KV cache in all.", labels=_LABELS
         )
+        circuits = GaugeMetricFamily(
+            "motley_worker_circuit_open",
+            "1 while a worker that kept failing is left alone, or on trial.",
+            labels=_LABELS,
+        )
         for member in members:
             blocks.add_metric(labels[member], member.join.kv_blocks)
+            circuits.add_metric(labels[member], self._members.spared(member))
         yield blocks
+        yield circuits
         for field, kind, meaning in _LOAD:
             family = kind(f"motley_worker_{field}", meaning, labels=_LABELS)
             for member in members:

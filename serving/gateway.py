@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import BadRequest, Unavailable
 from scheduler.lifecycle import Deliver, End, Generation, Instruction, Place, Send, Started
-from scheduler.messages import Accepted, Failed, HandedOver, Outputs, Role, Tokenised, Wire
+from scheduler.messages import (
+    Accepted,
+    Failed,
+    FailureKind,
+    HandedOver,
+    Outputs,
+    Role,
+    Tokenised,
+    Wire,
+)
 from scheduler.request import Job
 from serving.ask import Delta, ModelInfo
 from serving.inquiry import Inquiries
@@ -33,7 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPLAY_WAIT_S = 30.0  # how long a request whose worker was lost waits for another to join
+REPLAY_WAIT_S = 30.0  # how long a request whose worker was lost waits for a place elsewhere
+RETRY_FIRST_S, RETRY_MAX_S = 0.1, 1.0  # between two tries, if nobody joins meanwhile
 _LEARN = 0.05  # weight of the newest request in the running averages
 
 
@@ -130,7 +140,7 @@ class Gateway:
         names = [info.name for info in self.models()]
         if model in names:
             return
-        if model in self._expected:
+        if model in self._expected or self._members.remembers(model):
             raise Unavailable(f"the workers of {model!r} are not ready", retry_after=2)
         known = ", ".join(sorted({*names, *self._expected})) or "none yet"
         raise BadRequest(
@@ -169,7 +179,7 @@ class Gateway:
         if isinstance(message, Outputs):
             for output in message.items:
                 if live := self._live.get(output.id):
-                    self._prefilled(live, output.epoch)
+                    self._prefilled(worker, live, output.epoch)
                     self._obey(live, live.generation.output(output))
         elif isinstance(message, Accepted):
             if live := self._live.get(message.id):
@@ -179,12 +189,13 @@ class Gateway:
                 self._obey(live, live.generation.accepted(message.epoch, message.prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
-                self._obey(live, live.generation.handed_over(message.epoch, worker))
+                self._handed_over(worker, live, message.epoch)
         elif isinstance(message, Tokenised):
             self._inquiries.answered(message)
         elif isinstance(message, Failed):
             if live := self._live.get(message.id):
                 logger.info("worker %s gave up %s: %s", worker, message.id, message.message)
+                self._blame(live, worker, message)
                 self._obey(live, live.generation.failed(worker, message))
             else:
                 self._inquiries.answered(message)
@@ -195,6 +206,19 @@ class Gateway:
         self._inquiries.lost(worker)
         for live in list(self._live.values()):
             self._obey(live, live.generation.worker_lost(worker))
+
+    def _handed_over(self, worker: str, live: Live, epoch: int) -> None:
+        if placement := live.placements.get(epoch):
+            self._members.praise(worker, placement.decode)
+        self._obey(live, live.generation.handed_over(epoch, worker))
+
+    def _blame(self, live: Live, worker: str, failure: Failed) -> None:
+        """Whoever failed; of a hand-over both ends: the one at fault soon has more failures."""
+        placement = live.placements.get(failure.epoch)
+        if failure.kind is FailureKind.INTERNAL:
+            self._members.blame(worker)
+        elif failure.kind is FailureKind.HANDOFF and placement:
+            self._members.blame(placement.prefill, placement.decode)
 
     # ── instructions ────────────────────────────────────────────────────────────────────────────
 
@@ -243,7 +267,7 @@ class Gateway:
         live.stream.end(instruction.error)
 
     def _place(self, live: Live, place: Place) -> None:
-        """Choose a route now; a replay may wait for a worker to come."""
+        """Choose a route now; a replay may wait for a worker to come, or for a queue to drain."""
         try:
             self._try(live, place)
         except Unavailable as error:
@@ -267,21 +291,27 @@ class Gateway:
         self._obey(live, live.generation.routed(job.epoch, route))
 
     async def _place_later(self, live: Live, place: Place) -> None:
-        """Try again whenever a worker joins, for at most REPLAY_WAIT_S.
+        """Try again whenever a worker joins, and now and then, for at most REPLAY_WAIT_S.
 
         Trying comes before waiting: a worker may have joined since the first try.
         """
-        epoch = place.job.epoch
+        epoch, pause, reason = place.job.epoch, RETRY_FIRST_S, ""
         try:
             async with asyncio.timeout(REPLAY_WAIT_S):
                 while epoch in live.generation.attempts:  # else the client left
-                    with suppress(Unavailable):
+                    try:
                         self._try(live, place)
                         return
-                    await self._members.changed()
+                    except Unavailable as error:
+                        reason = error.message
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(pause):
+                            await self._members.changed()
+                    pause = min(2 * pause, RETRY_MAX_S)
         except TimeoutError:
-            error = Unavailable("every worker of this model was lost", retry_after=REPLAY_WAIT_S)
-            self._obey(live, live.generation.unroutable(epoch, error))
+            message = f"its worker was lost, and {REPLAY_WAIT_S:g} s later still {reason}"
+            late = Unavailable(message, retry_after=REPLAY_WAIT_S)
+            self._obey(live, live.generation.unroutable(epoch, late))
 
     # ── load ────────────────────────────────────────────────────────────────────────────────────
 
@@ -291,10 +321,11 @@ class Gateway:
         live.placements[job.epoch] = placement
         self._add(placement, tokens=tokens, running=placement.choices)
 
-    def _prefilled(self, live: Live, epoch: int) -> None:
+    def _prefilled(self, worker: str, live: Live, epoch: int) -> None:
         """The attempt's first token is here: its prompt queues no more."""
         placement = live.placements.get(epoch)
         if placement and not placement.prefilled:
+            self._members.praise(worker)
             placement.prefilled = True
             self._add(placement, tokens=-placement.prompt_tokens, running=0)
 

@@ -1,7 +1,9 @@
 """Who is in the cluster: one connection per worker, kept by heartbeats.
 
 Workers join by themselves, wherever they were started. A connection that ends, or is silent for
-SILENCE_S, means that the worker is lost; it may come back under its name at any time.
+longer than `scheduler.suspicion` allows, means that the worker is lost; it may come back under its
+name at any time, and what was learned of that name (how regularly it speaks, how often it failed)
+is remembered.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from scheduler.breaker import Breaker, State
 from scheduler.errors import ProtocolError
 from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
 from scheduler.models import BLOCK_TOKENS
 from scheduler.routing import Route, WorkerView, choose
+from scheduler.suspicion import LOOK_S, Suspicion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +31,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
-SILENCE_S = 5.0
+REMEMBER_S = 600.0  # what is known of a worker that left
+
+
+@dataclass(slots=True)
+class Record:
+    """What a worker's past says of it; it outlives a connection."""
+
+    model: str
+    suspicion: Suspicion = field(default_factory=Suspicion)
+    breaker: Breaker = field(default_factory=Breaker)
+    left: float = 0.0  # when it was last lost
 
 
 @dataclass(eq=False, slots=True)
@@ -37,6 +51,7 @@ class Member:
     join: Join
     connection: Connection
     since: float  # Unix seconds
+    record: Record
     load: Load | None = None
     draining: bool = False
     queued_tokens: int = 0  # the gateway's count of prompt tokens that wait here
@@ -61,11 +76,13 @@ class Member:
 class Members:
     """The workers that are here now. `on_message` and `on_lost` are told what happens."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.on_message: Callable[[str, Wire], None] = lambda worker, message: None
         self.on_lost: Callable[[str], None] = lambda worker: None
         self.lost = 0
+        self._clock = clock
         self._members: dict[str, Member] = {}
+        self._records: dict[str, Record] = {}
         self._changed = asyncio.Condition()
 
     def of(self, model: str | None = None) -> list[Member]:
@@ -76,6 +93,10 @@ class Members:
     def get(self, name: str) -> Member | None:
         return self._members.get(name)
 
+    def remembers(self, model: str) -> bool:
+        """A worker of this model was here not long ago."""
+        return any(record.model == model for record in self._records.values())
+
     def route(
         self, model: str, prompt_tokens: int, output_tokens: int, avoid: frozenset[str], split: bool
     ) -> Route:
@@ -83,12 +104,28 @@ class Members:
 
         Raises Unavailable.
         """
-        views = [member.view for member in self.of(model)]
+        views = [member.view for member in self._sound(self.of(model))]
         route = choose(prompt_tokens, output_tokens, views, avoid, split)
+        self._members[route.worker].record.breaker.tried(self._clock())
         if route.handoff is None:
             return route
+        self._members[route.handoff.name].record.breaker.tried(self._clock())
         address = self._reachable(self._members[route.worker], self._members[route.handoff.name])
         return replace(route, handoff=Peer(route.handoff.name, address))
+
+    def praise(self, *workers: str) -> None:
+        """They did what they were asked."""
+        for member in filter(None, map(self.get, workers)):
+            member.record.breaker.succeeded()
+
+    def blame(self, *workers: str) -> None:
+        """They failed. Whoever does so again and again is spared for a while."""
+        for member in filter(None, map(self.get, workers)):
+            member.record.breaker.failed(self._clock())
+
+    def spared(self, member: Member) -> bool:
+        """It kept failing: its circuit breaker is open, or half open."""
+        return member.record.breaker.state(self._clock()) is not State.CLOSED
 
     def post(self, worker: str, message: Wire) -> None:
         """Send in order, without waiting. A worker that is gone needs no message."""
@@ -112,8 +149,8 @@ class Members:
         if reason := self._objection(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
-        member = Member(join, connection, since=time.time())
-        writer = asyncio.create_task(self._write(member))
+        member = Member(join, connection, since=time.time(), record=self._recall(join))
+        helpers = [asyncio.create_task(self._write(member))]
         try:
             await connection.send(Joined(HEARTBEAT_S))
             if old := self._members.get(join.name):
@@ -122,9 +159,11 @@ class Members:
             logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
             async with self._changed:
                 self._changed.notify_all()
+            helpers.append(asyncio.create_task(self._watch(member)))
             await self._read(member)
         finally:
-            writer.cancel()
+            for helper in helpers:
+                helper.cancel()
             self._remove(member)
 
     def _objection(self, join: Join) -> str | None:
@@ -137,10 +176,28 @@ class Members:
                 )
         return None
 
+    def _recall(self, join: Join) -> Record:
+        """The record of this name; those of workers that are gone for good are forgotten."""
+        now = self._clock()
+        for other in [n for n, r in self._records.items() if n not in self._members]:
+            if now - self._records[other].left > REMEMBER_S:
+                del self._records[other]
+        record = self._records.setdefault(join.name, Record(join.model))
+        record.model = join.model
+        record.suspicion.silence = 0.0
+        return record
+
+    def _sound(self, members: list[Member]) -> list[Member]:
+        """Those that neither keep failing nor are suspiciously silent; all, if none is sound."""
+        now = self._clock()
+        sound = [
+            m for m in members if m.record.breaker.allows(now) and not m.record.suspicion.doubtful
+        ]
+        return sound or members
+
     async def _read(self, member: Member) -> None:
         while True:
-            async with asyncio.timeout(SILENCE_S):
-                message, _ = await member.connection.receive()
+            message, _ = await member.connection.receive()
             if isinstance(message, Load):
                 member.load = message
             elif isinstance(message, Leaving):
@@ -153,9 +210,26 @@ class Members:
             while True:
                 await member.connection.send(await member.outbox.get())
 
+    async def _watch(self, member: Member) -> None:
+        """Bytes are signs of life: a long message on a slow link is one."""
+        suspicion, connection = member.record.suspicion, member.connection
+        heard, looked = connection.bytes_read, self._clock()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            before, looked = looked, self._clock()
+            patience = suspicion.patience
+            if suspicion.look(heard=connection.bytes_read > heard, elapsed=looked - before):
+                logger.warning("worker %s is silent for %.1f s", member.join.name, patience)
+                self._remove(member)
+                return
+            heard = connection.bytes_read
+
     def _remove(self, member: Member) -> None:
         member.connection.close()
         if self._members.get(member.join.name) is member:
+            if not member.draining:
+                self.blame(member.join.name)
+            member.record.left = self._clock()
             del self._members[member.join.name]
             self.lost += 1
             logger.info("worker %s left", member.join.name)

@@ -62,6 +62,7 @@ class RouterConfig:
     cluster: Address  # where workers join
     secret: str
     workers: LocalWorkers
+    drain_s: float = 30.0  # what requests in flight have at the end
 
 
 async def run_router(
@@ -71,8 +72,9 @@ async def run_router(
 ) -> None:
     """Serve until `stop`; then nothing that this process started is left.
 
-    `on_ready` is told the HTTP address and who serves, once, when every local worker has joined.
-    Raises SetupError if a port is taken or a worker cannot start.
+    The end is in order: no new connection, `drain_s` for the requests in flight, then the workers,
+    last the port where they joined. `on_ready` is told the HTTP address and who serves, once, when
+    every local worker has joined. Raises SetupError if a port is taken or a worker cannot start.
     """
     members, metrics = Members(), Metrics()
     gateway = Gateway(members, frozenset(name for name, _ in config.workers.models))
@@ -82,32 +84,43 @@ async def run_router(
         bound = await stack.enter_async_context(
             listen(config.cluster.host, config.cluster.port, secret, members.serve)
         )
-        app = build_app(gateway, metrics, HttpLimits())
-        http = await stack.enter_async_context(serve(app, config.http.host, config.http.port))
         specs = config.workers.specs(Address(*bound))
-        deployment = LocalDeployment(specs, config.secret, members.joined)
+        tasks: list[asyncio.Task[None]] = []
+        stack.push_async_callback(_end, tasks)
+        app = build_app(gateway, metrics, HttpLimits())
+        http = await stack.enter_async_context(
+            serve(app, config.http.host, config.http.port, drain_s=config.drain_s)
+        )
 
         async def announce() -> None:
             while not all(members.get(spec.name) for spec in specs):
                 await members.changed()
             on_ready(http, [member.join for member in members.of()])
 
-        tasks = [asyncio.create_task(announce())]
+        tasks.append(asyncio.create_task(announce()))
         if specs:
+            deployment = LocalDeployment(specs, config.secret, members.joined)
             tasks.append(asyncio.create_task(deployment.run()))
         await _until(stop, tasks)
+        logger.info(
+            "stopping: requests in flight have %g s; a second signal ends at once", config.drain_s
+        )
 
 
-async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[Any]]) -> None:
-    """Wait for `stop`, or raise what a task raises; no task outlives this."""
+async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for `stop`, or raise what a task raises."""
     stopping = asyncio.create_task(stop.wait())
-    pending = {stopping, *tasks}
+    pending: set[asyncio.Task[Any]] = {stopping, *tasks}
     try:
         while stopping in pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
     finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        stopping.cancel()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Worker:
 class Cluster:
     """The router's side, and workers that come and go."""
 
-    def __init__(self, make_engine, until) -> None:
-        self.members = Members()
+    def __init__(self, make_engine, until, clock) -> None:
+        self.members = Members(clock)
         self.gateway = Gateway(self.members, frozenset({"fake"}))
         self.workers: dict[str, Worker] = {}
         self.port = 0
@@ -109,9 +110,9 @@ def cluster(make_engine, until):
     roles = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
     @asynccontextmanager
-    async def start(*names: str, **engine):
+    async def start(*names: str, clock=time.monotonic, **engine):
         tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-        it = Cluster(make_engine, until)
+        it = Cluster(make_engine, until, clock)
         async with listen("127.0.0.1", 0, SECRET, it.members.serve) as (_, it.port):
             try:
                 for name in names:

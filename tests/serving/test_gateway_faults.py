@@ -131,8 +131,41 @@ async def test_a_worker_comes_back_before_its_loss_is_noticed(cluster, make_ask,
 async def test_nobody_comes(cluster, make_ask, monkeypatch):
     monkeypatch.setattr(gateway, "REPLAY_WAIT_S", 0.05)
     async with cluster("m", options=SLOW) as it:
-        with pytest.raises(Unavailable, match="every worker of this model was lost"):
+        with pytest.raises(Unavailable, match=r"its worker was lost.*no worker for this model"):
             await answer_while(it, make_ask(), 3, lambda: it.kill("m"))
+
+
+async def test_a_replay_that_the_queue_refuses_waits_for_the_queue(
+    cluster, make_ask, unbroken, until
+):
+    """Nobody joins: what changes is the load of those who are there."""
+    async with cluster("m1", "m2", options=SLOW) as it:
+        other = it.members.get("m2")
+        other.queued_tokens += 10**9  # so m1 has the request, and its replay is refused
+        done = asyncio.Event()
+
+        async def strike():
+            await it.kill("m1")
+            asyncio.get_running_loop().call_soon(done.set)
+
+        answer = asyncio.create_task(answer_while(it, make_ask(), 3, strike))
+        await done.wait()
+        (live,) = it.gateway._live.values()
+        await until(lambda: live.waiting)
+        other.queued_tokens -= 10**9
+        assert await answer == unbroken()
+        assert it.gateway.replayed == 1
+
+
+async def test_between_two_lives_of_the_only_worker_the_model_is_unavailable_not_unknown(
+    cluster, make_ask
+):
+    async with cluster("m", model="other", options=SLOW) as it:
+        await it.kill("m")
+        with pytest.raises(Unavailable, match="not ready"):
+            await it.text(make_ask(model="other"))
+        with pytest.raises(BadRequest, match="does not exist"):
+            await it.text(make_ask(model="unheard of"))
 
 
 async def test_the_client_leaves_while_it_waits_for_a_worker(cluster, make_ask):
@@ -165,6 +198,22 @@ async def test_a_failing_step_of_a_pair(cluster, make_ask, unbroken, name):
         assert await it.text(make_ask()) == unbroken()
         it.members.get("m").queued_tokens -= 10**7
         assert it.gateway.replayed == 1
+
+
+async def test_a_worker_that_keeps_failing_is_spared_until_its_trial_succeeds(cluster, make_ask):
+    now = [0.0]
+    async with cluster(clock=lambda: now[0]) as it:
+        await it.join("a", Role.MIXED, runner=Broken(range(1, 4)), options=SLOW)
+        await it.join("b", Role.MIXED, options=SLOW)
+        for _ in range(5):
+            await it.text(make_ask())
+        assert it.gateway.replayed == 3  # the others were not even given to it
+        before = it.workers["a"].engine.tokens
+        now[0] += 1.0
+        await it.text(make_ask())  # the trial
+        assert it.workers["a"].engine.tokens > before
+        assert it.gateway.replayed == 3
+        assert it.members.get("a").record.breaker.allows(now[0])
 
 
 async def test_a_worker_that_always_fails(cluster, make_ask):

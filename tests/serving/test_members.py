@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from scheduler import suspicion
 from scheduler.errors import ProtocolError, Unavailable
 from scheduler.messages import (
+    VERSION,
     Address,
     Cancel,
     Committed,
@@ -145,13 +147,69 @@ async def test_whoever_does_not_introduce_itself_is_left(routing):
         assert router.members.of() == []
 
 
-async def test_silence_is_a_loss(routing, until, monkeypatch):
-    monkeypatch.setattr(members_module, "SILENCE_S", 0.05)
+@pytest.fixture
+def impatient(monkeypatch):
+    """Members look a hundred times as often, and lose patience sooner."""
+    monkeypatch.setattr(members_module, "LOOK_S", suspicion.LOOK_S / 100)
+    monkeypatch.setattr(suspicion, "MOST_LOOK_S", suspicion.MOST_LOOK_S / 100)
+    monkeypatch.setattr(suspicion, "SUSPECT_S", suspicion.SUSPECT_S / 10)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_silence_is_a_loss(routing):
     async with routing() as router:
         worker = await router.join()
         with pytest.raises(ConnectionError):
             await worker.receive()
         assert router.lost == ["a"]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_part_of_a_word_is_a_sign_of_life(routing, until):
+    """A long message over a slow link is no silence."""
+    async with routing() as router:
+        worker = await router.join()
+        member = router.members.get("a")
+        frame = b"MTL" + bytes([VERSION]) + (1 << 20).to_bytes(4) + bytes(8)
+        silence = []
+        for byte in frame + bytes(50):
+            await until(lambda: member.record.suspicion.silence > 0)
+            worker._sock.send(bytes([byte]))
+            await until(lambda: member.record.suspicion.silence == 0)
+            silence.append(router.lost)
+        assert not any(silence)
+
+
+async def test_who_is_doubtful_gets_nothing_new_while_others_are_there(routing):
+    async with routing() as router:
+        await router.join("a")
+        await router.join("b")
+        router.members.get("a").record.suspicion.silence = 0.5
+        for _ in range(3):
+            assert router.members.route("m", 100, 10, frozenset(), True) == Route("b")
+        router.members.get("b").record.suspicion.silence = 0.5
+        assert router.members.route("m", 100, 10, frozenset(), True) == Route("a")
+
+
+async def test_losses_in_a_row_open_the_breaker_and_a_farewell_does_not(routing, until):
+    async with routing() as router:
+        await router.join("b")
+        for _ in range(3):
+            worker = await router.join("a")
+            worker.close()
+            await until(lambda: router.members.get("a") is None)
+        await router.join("a")
+        assert router.members.route("m", 100, 10, frozenset(), True) == Route("b")
+        router.members.praise("a")
+        for _ in range(5):
+            worker = await router.join("a")
+            await worker.send(Leaving())
+            member = router.members.get("a")
+            await until(lambda member=member: member.draining)
+            worker.close()
+            await until(lambda: router.members.get("a") is None)
+        await router.join("a")
+        assert router.members.route("m", 100, 10, frozenset(), True) == Route("a")
 
 
 async def test_a_broken_word_is_a_loss(routing, until):
@@ -219,6 +277,7 @@ async def test_metrics_are_what_the_workers_said_last(routing, until):
         assert samples["motley_worker_running", "a"] == 1
         assert samples["motley_worker_kv_bytes_received_total", "a"] == 10
         assert samples["motley_worker_kv_blocks", "silent"] == 8
+        assert samples["motley_worker_circuit_open", "silent"] == 0
         assert ("motley_worker_running", "silent") not in samples
         assert samples["motley_workers", None] == 2
 

@@ -1,0 +1,42 @@
+"""When a silent worker counts as lost.
+
+A connection that breaks says so at once; a host that stops, or a network that parts, says nothing.
+Silence is what the watcher itself lived through: it counts at most MOST_LOOK_S for each look, so a
+router that was stopped, or starved of CPU, does not take all its workers for dead. A worker whose
+words come in fits and starts gets more patience, learned from its own longest pauses.
+"""
+
+from __future__ import annotations
+
+LOOK_S = 0.125  # between two looks
+MOST_LOOK_S = 2 * LOOK_S
+SUSPECT_S = 1.0  # patience with a worker that speaks regularly: four heartbeats
+MOST_PATIENCE_S = 5.0
+SLACK = 2.0  # patience is so many times the longest pause of late
+DECAY = 0.99  # of the longest pause's memory, for each look that finds the worker talking
+
+
+class Suspicion:
+    """How long one worker has been silent, in seconds, and how long it may be."""
+
+    def __init__(self) -> None:
+        self.silence = 0.0
+        self._longest = 0.0
+
+    @property
+    def patience(self) -> float:
+        return min(max(SUSPECT_S, SLACK * self._longest), MOST_PATIENCE_S)
+
+    @property
+    def doubtful(self) -> bool:
+        """Give it nothing new while others are there: it has missed half of what it may miss."""
+        return self.silence >= self.patience / 2
+
+    def look(self, *, heard: bool, elapsed: float) -> bool:
+        """Was anything heard in the `elapsed` seconds since the last look? True: it is lost."""
+        self.silence += min(elapsed, MOST_LOOK_S)
+        lost = not heard and self.silence >= self.patience
+        if heard or lost:  # a pause has ended, or it is one too long: both are remembered
+            self._longest = max(self._longest * DECAY, self.silence)
+            self.silence = 0.0
+        return lost
