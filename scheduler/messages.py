@@ -2,6 +2,11 @@
 
 Every struct is tagged by its class name on the wire (MessagePack maps). A receiver ignores fields
 that it does not know, so a field may be added with a default; anything else raises `VERSION`.
+A release speaks OLDEST to VERSION, two connected processes the newest that both know: a cluster is
+upgraded process by process, in any order, by one release at a time.
+
+    1  the first release
+    2  a worker serves several routers (Joined.router)
 """
 
 from __future__ import annotations
@@ -13,7 +18,12 @@ import msgspec
 
 from scheduler.request import Job, Prompt, TokenIds
 
-VERSION = 1
+VERSION = 2
+OLDEST = 1
+HANDSHAKE = 1  # the handshake's own version, which every release frames alike
+Versions = tuple[int, int]  # the oldest and the newest that a process speaks
+SPEAKS: Versions = (OLDEST, VERSION)
+FIRST: Versions = (1, 1)  # the first release did not say
 
 
 class Role(enum.StrEnum):
@@ -40,6 +50,7 @@ class Challenge(Wire, frozen=True):
 
     version: int
     nonce: bytes
+    speaks: Versions = FIRST
 
 
 class Answer(Wire, frozen=True):
@@ -48,6 +59,7 @@ class Answer(Wire, frozen=True):
     version: int
     nonce: bytes
     proof: bytes
+    speaks: Versions = FIRST
 
 
 class Welcome(Wire, frozen=True):

@@ -4,21 +4,13 @@ A frame is a 16-byte prefix (magic, version, header bytes, payload bytes), a Mes
 raw payload bytes. Payloads (KV caches) are sent from and received into memory that the caller
 owns: they are never joined, copied or decoded here. Nothing is ever unpickled.
 
-Both sides prove that they know the cluster secret before anything else is read:
-
-    listener  Challenge(version, nonce_l)
-    dialler   Answer(version, nonce_d, HMAC(secret, "dial" ‖ nonce_l ‖ nonce_d))
-    listener  Welcome(HMAC(secret, "listen" ‖ nonce_d ‖ nonce_l))
-
-This authenticates peers on a network that may be shared; it does not encrypt what follows.
+Before anything else is read both sides prove who they are and agree on a version: see `handshake`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import secrets
 import socket
 import struct
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -27,18 +19,18 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from scheduler.errors import ProtocolError, SetupError
-from scheduler.messages import VERSION, Answer, Anything, Challenge, Refused, Welcome, Wire
+from scheduler.handshake import greet, introduce
+from scheduler.messages import HANDSHAKE, Anything, Refused, Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = struct.Struct("!4sIQ")
-_MAGIC = b"MTL" + bytes([VERSION])
+_PREFIX = struct.Struct("!3sBIQ")
+_MAGIC = b"MTL"
 MAX_HEADER = 64 << 20  # a 16 MiB prompt as text, with room for its ids
 MAX_PAYLOAD = 64 << 30
-_HANDSHAKE_MAX = 4096  # nobody unknown makes us hold more than this
 _HANDSHAKE_S = 10.0
 _READ = 1 << 18
 # A host that vanishes without a word is noticed in 10 s, by silence or by unacknowledged bytes.
@@ -70,6 +62,7 @@ class Connection:
         self.local: tuple[str, int] = sock.getsockname()[:2]
         self.remote: tuple[str, int] = sock.getpeername()[:2]
         self.bytes_read = 0
+        self.version = HANDSHAKE  # until both have said what they speak
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
@@ -100,7 +93,7 @@ class Connection:
         size = sum(memoryview(part).nbytes for part in payload)
         async with self._sending:
             try:
-                await self._write(_PREFIX.pack(_MAGIC, len(header), size) + header)
+                await self._write(_PREFIX.pack(_MAGIC, self.version, len(header), size) + header)
                 for part in payload:
                     await self._write(part)
             except BaseException:
@@ -112,9 +105,11 @@ class Connection:
         if self._payload:
             await self._skip()
         prefix = await self._take(_PREFIX.size)
-        magic, length, payload = _PREFIX.unpack(prefix)
-        if magic != _MAGIC:
-            raise ProtocolError(f"{self.remote} does not speak version {VERSION} of our protocol")
+        magic, version, length, payload = _PREFIX.unpack(prefix)
+        if magic != _MAGIC or version != self.version:
+            raise ProtocolError(
+                f"{self.remote} does not speak version {self.version} of our protocol"
+            )
         if length > limit or payload > MAX_PAYLOAD:
             raise ProtocolError(f"{self.remote} sent a frame of {length} + {payload} bytes")
         header = await self._take(length)
@@ -216,7 +211,7 @@ class Connection:
 
 
 async def dial(host: str, port: int, secret: bytes, timeout: float = 5.0) -> Connection:
-    """Connect and authenticate.
+    """Connect, authenticate, and agree on a version of the protocol.
 
     Raises OSError or TimeoutError when nobody answers, ProtocolError when the peer refuses us or
     cannot prove that it knows the secret.
@@ -225,7 +220,7 @@ async def dial(host: str, port: int, secret: bytes, timeout: float = 5.0) -> Con
         sock = await _connect(host, port)
         try:
             connection = Connection(sock)
-            await _prove_dialler(connection, secret)
+            await introduce(connection, secret)
         except BaseException:
             sock.close()
             raise
@@ -322,7 +317,7 @@ async def _serve_one(
         return
     try:
         async with asyncio.timeout(_HANDSHAKE_S):
-            await _prove_listener(connection, secret)
+            await greet(connection, secret)
         await handle(connection)
     except (ConnectionError, TimeoutError) as error:
         logger.debug("connection from %s ended: %r", connection.remote, error)
@@ -330,28 +325,3 @@ async def _serve_one(
         logger.warning("connection from %s refused: %s", connection.remote, error)
     finally:
         connection.close()
-
-
-async def _prove_listener(connection: Connection, secret: bytes) -> None:
-    nonce = secrets.token_bytes(16)
-    await connection.send(Challenge(VERSION, nonce))
-    answer, _ = await connection.receive(_HANDSHAKE_MAX)
-    if not isinstance(answer, Answer):
-        raise ProtocolError("no answer to our challenge")
-    if not hmac.compare_digest(answer.proof, _proof(secret, b"dial", nonce, answer.nonce)):
-        await connection.send(Refused("wrong cluster secret: give this process the router's"))
-        raise ProtocolError("wrong cluster secret")
-    await connection.send(Welcome(_proof(secret, b"listen", answer.nonce, nonce)))
-
-
-async def _prove_dialler(connection: Connection, secret: bytes) -> None:
-    challenge = await connection.expect(Challenge)
-    nonce = secrets.token_bytes(16)
-    await connection.send(Answer(VERSION, nonce, _proof(secret, b"dial", challenge.nonce, nonce)))
-    welcome = await connection.expect(Welcome)
-    if not hmac.compare_digest(welcome.proof, _proof(secret, b"listen", nonce, challenge.nonce)):
-        raise ProtocolError(f"{connection.remote} does not know the cluster secret")
-
-
-def _proof(secret: bytes, side: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.digest(secret, side + first + second, "sha256")

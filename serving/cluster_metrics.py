@@ -52,11 +52,18 @@ class ClusterCollector:
             "1 while a worker that kept failing is left alone, or on trial.",
             labels=_LABELS,
         )
+        versions = GaugeMetricFamily(
+            "motley_worker_protocol",
+            "Version of the protocol spoken with it; older while an upgrade is under way.",
+            labels=_LABELS,
+        )
         for member in members:
+            versions.add_metric(labels[member], member.connection.version)
             blocks.add_metric(labels[member], member.join.kv_blocks)
             circuits.add_metric(labels[member], self._members.spared(member))
         yield blocks
         yield circuits
+        yield versions
         for field, kind, meaning in _LOAD:
             family = kind(f"motley_worker_{field}", meaning, labels=_LABELS)
             for member in members:

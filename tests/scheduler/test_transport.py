@@ -20,6 +20,9 @@ import pytest_asyncio
 from scheduler import transport
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.messages import (
+    HANDSHAKE,
+    OLDEST,
+    SPEAKS,
     VERSION,
     Answer,
     Cancel,
@@ -35,7 +38,7 @@ from scheduler.transport import MAX_HEADER, MAX_PAYLOAD, Connection, dial, liste
 
 SECRET = b"of this test"
 PREFIX = struct.Struct("!4sIQ")
-MAGIC = b"MTL" + bytes([VERSION])
+MAGIC = b"MTL" + bytes([HANDSHAKE])  # a raw peer is of the first release: it says no versions
 
 pytestmark = pytest.mark.asyncio
 
@@ -102,7 +105,7 @@ class Raw:
     async def authenticate(self) -> None:
         challenge = await self.hear()
         proof = hmac.digest(SECRET, b"dial" + challenge.nonce + bytes(16), "sha256")
-        await self.say(frame(Answer(VERSION, bytes(16), proof)))
+        await self.say(frame(Answer(HANDSHAKE, bytes(16), proof)))
         welcome = await self.hear()
         expected = hmac.digest(SECRET, b"listen" + bytes(16) + challenge.nonce, "sha256")
         assert welcome == Welcome(expected)
@@ -327,7 +330,7 @@ async def test_the_dialler_with_a_wrong_secret_is_told_what_to_do():
 
 async def test_a_listener_that_does_not_know_the_secret_is_left():
     async def pretend(raw: Raw) -> None:
-        await raw.say(frame(Challenge(VERSION, bytes(16))))
+        await raw.say(frame(Challenge(HANDSHAKE, bytes(16))))
         await raw.hear()
         await raw.say(frame(Welcome(bytes(32))))
 
@@ -340,7 +343,7 @@ async def test_a_proof_cannot_be_sent_back_to_who_made_it():
     """Whoever answers a challenge with the same challenge learns nothing that opens a door."""
 
     async def mirror(raw: Raw) -> None:
-        await raw.say(frame(Challenge(VERSION, bytes(16))))
+        await raw.say(frame(Challenge(HANDSHAKE, bytes(16))))
         answer = await raw.hear()
         await raw.say(frame(Welcome(answer.proof)))
 
@@ -349,13 +352,13 @@ async def test_a_proof_cannot_be_sent_back_to_who_made_it():
             await dial(host, port, SECRET)
 
 
-@pytest.mark.parametrize("version", [0, VERSION + 1])
-async def test_the_dialler_of_another_version_says_so(version):
+@pytest.mark.parametrize("version", [0, HANDSHAKE + 1])
+async def test_a_listener_of_another_handshake_is_left(version):
     async def other(raw: Raw) -> None:
         await raw.say(frame(Challenge(version, bytes(16)), magic=b"MTL" + bytes([version])))
 
     async with raw_listener(other) as (host, port):
-        with pytest.raises(ProtocolError, match=f"does not speak version {VERSION}"):
+        with pytest.raises(ProtocolError, match=f"does not speak version {HANDSHAKE}"):
             await dial(host, port, SECRET)
 
 
@@ -383,14 +386,67 @@ async def test_a_dialler_that_says_nothing_is_left_after_the_limit(monkeypatch):
         assert heard.empty()
 
 
+# ── versions ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_two_of_this_release_speak_its_newest_version():
+    async with pair() as (left, right):
+        assert (left.version, right.version) == (VERSION, VERSION)
+        await left.send(Joined(1.0))
+        assert await right.expect(Joined) == Joined(1.0)
+
+
+async def test_a_dialler_of_the_first_release_is_spoken_to_as_such():
+    async with raw_dialler() as (raw, heard):
+        await raw.authenticate()
+        await raw.say(frame(Joined(1.0)))
+        assert await heard.get() == Joined(1.0)
+
+
+async def test_a_listener_of_the_first_release_is_spoken_to_as_such():
+    heard = asyncio.get_running_loop().create_future()
+
+    async def first_release(raw: Raw) -> None:
+        await raw.say(frame(Challenge(HANDSHAKE, bytes(16))))
+        answer = await raw.hear()
+        proof = hmac.digest(SECRET, b"listen" + answer.nonce + bytes(16), "sha256")
+        await raw.say(frame(Welcome(proof)))
+        heard.set_result(await raw.loop.sock_recv(raw.sock, 4096))
+
+    async with raw_listener(first_release) as (host, port):
+        connection = await dial(host, port, SECRET)
+        await connection.send(Joined(1.0))
+        assert await heard == frame(Joined(1.0))
+        connection.close()
+
+
+async def test_a_dialler_from_too_far_a_release_is_told_so():
+    assert SPEAKS == (OLDEST, VERSION)
+    async with raw_dialler() as (raw, heard):
+        challenge = await raw.hear()
+        proof = hmac.digest(SECRET, b"dial" + challenge.nonce + bytes(16), "sha256")
+        later = (VERSION + 1, VERSION + 2)
+        await raw.say(frame(Answer(HANDSHAKE, bytes(16), proof, later)))
+        refused = await raw.hear()
+        assert "by one release at a time" in refused.reason
+        assert heard.empty()
+
+
+async def test_a_frame_of_another_version_than_agreed_ends_the_connection():
+    async with raw_dialler() as (raw, heard):
+        await raw.authenticate()
+        await raw.say(frame(Joined(1.0), magic=b"MTL" + bytes([VERSION])))
+        assert isinstance(await heard.get(), ProtocolError)
+
+
 UNKNOWN = {
-    "another version": frame(Joined(1.0), magic=b"MTL" + bytes([VERSION + 1])),
+    "another version": frame(Joined(1.0), magic=b"MTL" + bytes([HANDSHAKE + 1])),
     "another protocol": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "a word that is no answer": frame(Joined(1.0)),
     "an oversized answer": PREFIX.pack(MAGIC, 5000, 0) + bytes(5000),
-    "a wrong proof": frame(Answer(VERSION, bytes(16), hashlib.sha256().digest())),
-    "an empty proof": frame(Answer(VERSION, b"", b"")),
-    "half a frame": frame(Answer(VERSION, bytes(16), bytes(32)))[:20],
+    "a wrong proof": frame(Answer(HANDSHAKE, bytes(16), hashlib.sha256().digest())),
+    "an empty proof": frame(Answer(HANDSHAKE, b"", b"")),
+    "half a frame": frame(Answer(HANDSHAKE, bytes(16), bytes(32)))[:20],
 }
 
 
