@@ -15,6 +15,8 @@ from scheduler.errors import SetupError
 from scheduler.messages import Address, Role
 from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
 from scheduler.plan_command import add_arguments as add_plan_arguments
+from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
+from scheduler.simulate_command import add_arguments as add_simulate_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -153,6 +155,13 @@ def _plan(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _simulate(options: argparse.Namespace) -> None:
+    """What a cluster or a plan does under a load, on simulated time."""
+    from scheduler.simulate_command import run
+
+    run(options)
+
+
 def _secret(options: argparse.Namespace) -> None:
     """Print what workers on other machines need."""
     from serving.secret import cluster_secret
@@ -193,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     _serve_arguments(_command(commands, "serve", _serve, SERVE_EXAMPLES))
     _worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
+    add_simulate_arguments(_command(commands, "simulate", _simulate, SIMULATE_EXAMPLES))
     _command(commands, "secret", _secret, "example:\n  motley secret\n")
     commands.add_parser("bench", help="Measure an OpenAI endpoint: load test, search, report.")
     return parser

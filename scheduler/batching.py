@@ -221,6 +221,8 @@ class Batcher:
 
     def _room(self, sequence: Sequence) -> TokenIds:
         """Its draft, with blocks for it; nobody is preempted for a guess."""
+        if not sequence.draft:
+            return []
         draft, sequence.draft = sequence.draft, []
         needed = blocks_for(len(sequence.tokens) + len(draft)) - len(sequence.blocks)
         if needed > self.pool.free:
@@ -231,12 +233,14 @@ class Batcher:
     def _grow(self, sequence: Sequence) -> bool:
         """Give the sequence a block for its newest token; False if it was itself preempted."""
         needed = blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if needed <= 0:  # as in most steps; a draft may have left some over
+            return True
         while needed > self.pool.free:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(max(0, needed))  # a draft may have left some over
+        sequence.blocks += self.pool.allocate(needed)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

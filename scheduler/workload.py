@@ -28,11 +28,16 @@ WINDOW_S = 10.0  # arrivals are counted in such windows to see how bursty they a
 
 
 class Arrival(NamedTuple):
-    """`at` in seconds; sizes in tokens."""
+    """`at` in seconds; sizes in tokens.
+
+    `prefix` as in Mooncake's traces: an id per 512 tokens of the prompt; equal ids mean equal
+    prompts up to there.
+    """
 
     at: float
     input: int
     output: int
+    prefix: tuple[int, ...] = ()
 
 
 class SizeBucket(msgspec.Struct, frozen=True):
@@ -44,10 +49,23 @@ class SizeBucket(msgspec.Struct, frozen=True):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """`dispersion`: variance over mean of arrivals per window; 1 is Poisson."""
+    """`dispersion`: variance over mean of arrivals per window; 1 is Poisson.
+
+    `arrivals`: what the buckets sum up; a simulation draws from them.
+    """
 
     buckets: tuple[SizeBucket, ...]
     dispersion: float = 1.0
+    arrivals: tuple[Arrival, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[Arrival, ...]:
+        """Sizes to draw requests from; of a workload without arrivals, in parts of a thousand."""
+        return self.arrivals or tuple(
+            Arrival(0.0, max(1, round(bucket.size[0])), max(1, round(bucket.size[1])))
+            for bucket in self.buckets
+            for _ in range(math.ceil(1000 * bucket.rate / self.rate))
+        )
 
     @property
     def rate(self) -> float:
@@ -89,7 +107,7 @@ def from_arrivals(
         )
         for (i, o), inside in sorted(cells.items())
     )
-    return Workload(buckets, dispersion([arrival.at for arrival in arrivals]))
+    return Workload(buckets, dispersion([arrival.at for arrival in arrivals]), tuple(arrivals))
 
 
 def dispersion(times: Sequence[float]) -> float:
@@ -132,7 +150,8 @@ def _jsonl(path: Path, text: str) -> Iterable[Arrival]:
         try:
             row = json.loads(line)
             at = row["timestamp"] / 1e3
-            yield _checked(at, row["input_length"], row["output_length"])
+            prefix = tuple(map(int, row.get("hash_ids", ())))
+            yield _checked(at, row["input_length"], row["output_length"], prefix)
         except (KeyError, TypeError, ValueError) as error:
             raise SetupError(f"{path}: line {number}: {_said(error)}") from None
 
@@ -166,12 +185,12 @@ _CSV_FORMS: dict[tuple[str, str, str], Callable[[str], float]] = {
 }
 
 
-def _checked(at: float, inputs: int, outputs: int) -> Arrival:
+def _checked(at: float, inputs: int, outputs: int, prefix: tuple[int, ...] = ()) -> Arrival:
     if not math.isfinite(at):
         raise ValueError(f"time {at} is not a number")
     if inputs < 1 or outputs < 1:
         raise ValueError(f"{inputs} tokens in and {outputs} out: both are at least 1")
-    return Arrival(at, int(inputs), int(outputs))
+    return Arrival(at, int(inputs), int(outputs), prefix)
 
 
 def _said(error: Exception) -> str:

@@ -32,7 +32,8 @@ def test_three_forms_say_the_same(tmp_path):
     )
     assert read_trace(trace(tmp_path, ours)) == expected
     assert read_trace(trace(tmp_path, bench)) == expected
-    assert read_trace(trace(tmp_path, mooncake, "t.jsonl")) == expected
+    shared = [arrival._replace(prefix=(0,)) for arrival in expected]
+    assert read_trace(trace(tmp_path, mooncake, "t.jsonl")) == shared
 
 
 def test_azures_own_clock_is_read(tmp_path):
