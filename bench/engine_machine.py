@@ -62,7 +62,7 @@ def read_rate(threads: int) -> float:
 
 
 def bare_torch_rss() -> int:
-    """Peak bytes of a process that only imports torch: what a worker cannot do without."""
+    """Peak bytes of a process that only imports torch: what engines of the field begin with."""
     probe = "import os, torch; from engine_process import peak_rss; print(peak_rss(os.getpid()))"
     done = subprocess.run(
         [sys.executable, "-c", probe],

@@ -119,7 +119,6 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, batcher: Batcher) ->
     """Of the mode that was asked for, or of `exact` where `fast` cannot be."""
     from kernels import dispatch
     from workers.fast_model import objection
-    from workers.native import NativeRunner
 
     blocks = batcher.pool.size
     if options.mode == "fast" and dispatch.instruction_sets():
@@ -129,6 +128,8 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, batcher: Batcher) ->
             rows = options.max_step_tokens + MOST_ROWS
             return FastRunner(checkpoint, blocks, options.threads, rows)
         logger.warning("this model runs in exact mode, several times slower, since %s", reason)
+    with _engine_installed():
+        from workers.native import NativeRunner  # here: torch takes 190 MB and a second
     return NativeRunner(checkpoint, blocks, options.threads)
 
 

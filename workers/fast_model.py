@@ -165,13 +165,13 @@ class FastModel:
         return out
 
     def _vector(self, name: str) -> Array:
-        return self._checkpoint.tensor(name).numpy()
+        return self._checkpoint.array(name)
 
     def _matrix(self, name: str) -> Matrix:
         """A weight in its own blocks, or in Q8_0 where the kernels do not know its format."""
         stored = self._checkpoint.stored(name)
         if stored is None or stored.kind.name not in FORMATS:
-            weight = self._checkpoint.tensor(name).numpy()
+            weight = self._checkpoint.array(name)
             stored = quantise(weight, GGMLQuantizationType.Q8_0)
         outputs, inputs = stored.dims
         matrix = Matrix(stored.kind.name, outputs, inputs, stored.data)

@@ -84,12 +84,12 @@ class Model:
         divisors = self.shape.rope_divisors
         self.rope_divisors = torch.tensor(divisors) if divisors else None  # [E/2]
         self.layers = [_layer(checkpoint, number) for number in range(self.shape.layers)]
-        self.norm = checkpoint.tensor("model.norm.weight")
-        self.head = checkpoint.tensor("lm_head.weight").t().contiguous()  # [D, V]
+        self.norm = _tensor(checkpoint, "model.norm.weight")
+        self.head = _tensor(checkpoint, "lm_head.weight").t().contiguous()  # [D, V]
         if self.shape.tied_embeddings or EMBEDDING not in checkpoint.names:
             self.embedding = self.head.t()  # the same memory
         else:
-            self.embedding = checkpoint.tensor(EMBEDDING)
+            self.embedding = _tensor(checkpoint, EMBEDDING)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
@@ -167,19 +167,23 @@ class Model:
         return out.flatten(1)
 
 
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return torch.from_numpy(checkpoint.array(name))
+
+
 def _layer(checkpoint: Checkpoint, number: int) -> Layer:
     """Load one layer; matrices that read the same input become one."""
     shape, prefix = checkpoint.shape, f"model.layers.{number}."
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
     def joined(names: tuple[str, ...], part: str) -> torch.Tensor:
-        return torch.cat([checkpoint.tensor(f"{prefix}{name}.{part}") for name in names])
+        return torch.cat([_tensor(checkpoint, f"{prefix}{name}.{part}") for name in names])
 
     def matrix(*names: str) -> torch.Tensor:
         return joined(names, "weight").t().contiguous()
 
     def vector(name: str) -> torch.Tensor:
-        return checkpoint.tensor(f"{prefix}{name}.weight")
+        return _tensor(checkpoint, f"{prefix}{name}.weight")
 
     return Layer(
         attention_norm=vector("input_layernorm"),

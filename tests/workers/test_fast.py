@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -24,6 +25,7 @@ from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool
 from scheduler.errors import SetupError
 from scheduler.messages import Address, Rates, Role
+from scheduler.request import Grammar
 from scheduler.transport import listen
 from serving.members import Members
 from workers.build import EngineOptions, Model, build
@@ -257,6 +259,32 @@ def test_a_model_that_the_kernels_cannot_run_runs_exactly_and_that_is_said(
 @kernels
 def test_exact_is_what_is_asked_for(folder):
     assert type(built(folder("Llama"), mode="exact").runner) is NativeRunner
+
+
+@kernels
+def test_torch_stays_out_of_a_fast_worker(folder, make_job):
+    """It takes 190 MB and a second: whatever a job wants is done without it."""
+    jobs = [
+        make_job(id="scored", echo=True, logprobs=2, max_tokens=3),
+        make_job(id="embedded", embed=True, max_tokens=0),
+        make_job(id="structured", grammar=Grammar("regex", "a+", "f"), max_tokens=2),
+    ]
+    program = (
+        "import sys, msgspec, motley, workers.service; from workers.build import *; "
+        "from scheduler.request import Job; "
+        "engine, _ = build(Model('m', sys.argv[1]), EngineOptions(kv_tokens=256, threads=1))\n"
+        "for job in msgspec.json.decode(sys.argv[2], type=list[Job]): engine.add(job, [65] * 20)\n"
+        "while engine.has_work: engine.step()\n"
+        "print(type(engine.runner).__name__, engine.tokens, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder("Llama"), msgspec.json.encode(jobs)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "FastRunner 6 False\n", done.stderr
 
 
 def test_without_the_library_a_worker_runs_exactly_and_says_so_once(folder, tmp_path):

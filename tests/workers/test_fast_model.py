@@ -60,13 +60,17 @@ FAMILIES = {
 # ── the reference ───────────────────────────────────────────────────────────────────────────────
 
 
+def tensor(checkpoint, name):
+    return torch.from_numpy(checkpoint.array(name))
+
+
 def matrix(checkpoint, *names):
     """Weights [outputs, inputs] as the kernels have them: Q8_0 if in no format of theirs."""
     parts = []
     for name in names:
         stored = checkpoint.stored(name)
         if stored is None or stored.kind.name not in FORMATS:
-            stored = quantise(checkpoint.tensor(name).numpy(), Kind.Q8_0)
+            stored = quantise(checkpoint.array(name), Kind.Q8_0)
         parts.append(torch.from_numpy(dequantize(stored.data, stored.kind)))
     return torch.cat(parts)
 
@@ -77,12 +81,12 @@ def attention(checkpoint, number, x, angles, kv_dtype):
     names = ("q_proj", "k_proj", "v_proj")
     qkv = matmul(x, matrix(checkpoint, *(f"{prefix}{name}.weight" for name in names)))
     if shape.qkv_bias:
-        qkv += torch.cat([checkpoint.tensor(f"{prefix}{name}.bias") for name in names])
+        qkv += torch.cat([tensor(checkpoint, f"{prefix}{name}.bias") for name in names])
     heads = qkv.view(len(x), -1, shape.head_dim)
     q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
     if shape.qk_norm:
-        q = ops.rms_norm(q, checkpoint.tensor(f"{prefix}q_norm.weight"), shape.norm_eps)
-        k = ops.rms_norm(k, checkpoint.tensor(f"{prefix}k_norm.weight"), shape.norm_eps)
+        q = ops.rms_norm(q, tensor(checkpoint, f"{prefix}q_norm.weight"), shape.norm_eps)
+        k = ops.rms_norm(k, tensor(checkpoint, f"{prefix}k_norm.weight"), shape.norm_eps)
     q, k = ops.rope(q, *angles), ops.rope(k, *angles)
     k, v = k.to(kv_dtype).float(), v.to(kv_dtype).float()
     group = shape.heads // shape.kv_heads
@@ -106,15 +110,15 @@ def reference_logits(checkpoint, ids, kv_dtype=torch.float16):
     x = table[ids]
     for number in range(shape.layers):
         layer = f"model.layers.{number}."
-        normed = ops.rms_norm(x, checkpoint.tensor(f"{layer}input_layernorm.weight"), eps)
+        normed = ops.rms_norm(x, tensor(checkpoint, f"{layer}input_layernorm.weight"), eps)
         mixed = attention(checkpoint, number, normed, angles, kv_dtype)
         x = x + matmul(mixed, matrix(checkpoint, f"{layer}self_attn.o_proj.weight"))
-        weight = checkpoint.tensor(f"{layer}post_attention_layernorm.weight")
+        weight = tensor(checkpoint, f"{layer}post_attention_layernorm.weight")
         names = (f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight")
         inner = matmul(ops.rms_norm(x, weight, eps), matrix(checkpoint, *names))
         x = x + matmul(ops.silu_mul(inner), matrix(checkpoint, f"{layer}mlp.down_proj.weight"))
     head = table if shape.tied_embeddings else matrix(checkpoint, "lm_head.weight")
-    return matmul(ops.rms_norm(x, checkpoint.tensor("model.norm.weight"), eps), head)
+    return matmul(ops.rms_norm(x, tensor(checkpoint, "model.norm.weight"), eps), head)
 
 
 # ── the kernels ─────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,10 +58,10 @@ def assert_equal_weights(checkpoint, model):
     oracle = model.state_dict()
     assert {*checkpoint.names, "lm_head.weight"} == set(oracle)
     for name, weight in oracle.items():
-        ours = checkpoint.tensor(name)
-        assert ours.dtype == torch.float32
-        assert ours.is_contiguous()
-        assert torch.equal(ours, weight.float())
+        ours = checkpoint.array(name)
+        assert ours.dtype == np.float32
+        assert ours.flags.c_contiguous
+        assert np.array_equal(ours, weight.float())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,6 +79,14 @@ def test_weights_equal_those_saved(make, tied, shard):
 def test_half_precision_is_widened(make, dtype):
     folder, model = make(dtype)
     assert_equal_weights(open_checkpoint(folder), model)
+
+
+def test_numbers_that_need_scales_of_their_own_are_refused(make):
+    folder, model = make()
+    name, path = "model.norm.weight", folder / "model.safetensors"
+    save_file(model.state_dict() | {name: model.model.norm.weight.to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(SetupError, match=f"{name} cannot be read: it is stored as F8_E4M3"):
+        open_checkpoint(folder).array(name)
 
 
 def test_the_configuration_gives_the_shape(make):
@@ -139,7 +148,7 @@ def test_derived_weights_of_old_exports_are_passed_over(make):
     }
     save_file(weights | extra, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
-    assert torch.equal(checkpoint.tensor("lm_head.weight"), weights["model.embed_tokens.weight"])
+    assert np.array_equal(checkpoint.array("lm_head.weight"), weights["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from workers.weights.safetensors_folder import SafetensorsFolder
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
+    import numpy as np
+    import numpy.typing as npt
     from tokenizers import Tokenizer
 
     from scheduler.models import ModelShape
@@ -32,8 +33,8 @@ class Checkpoint(Protocol):
         """Every weight, in execution order; `lm_head.weight` only where it is not tied."""
         ...
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One weight, float32 and contiguous: [outputs, inputs], or [D] for a norm.
+    def array(self, name: str) -> npt.NDArray[np.float32]:
+        """A contiguous copy of one weight: [outputs, inputs], or [D] for a norm.
 
         `lm_head.weight` is the embedding where the two are tied. Raises KeyError for a name that
         the model does not have.
@@ -43,21 +44,21 @@ class Checkpoint(Protocol):
     def stored(self, name: str) -> StoredTensor | None:
         """The same weight row for row in GGUF's blocks, or None if it is not kept in such.
 
-        Dequantised it equals `tensor(name)`. Raises KeyError like `tensor`.
+        Dequantised it equals `array(name)`. Raises KeyError like `array`.
         """
         ...
 
     def tokenizer(self) -> Tokenizer: ...
 
     def close(self) -> None:
-        """Let go of the files. Tensors already given stay."""
+        """Let go of the files. Arrays already given stay."""
         ...
 
 
 def open_checkpoint(path: Path, quantize: Quantize | None = None) -> Checkpoint:
     """Open a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
 
-    `quantize` rounds a folder's matrices to 4 or 8 bits as they are asked for: `tensor` and
+    `quantize` rounds a folder's matrices to 4 or 8 bits as they are asked for: `array` and
     `stored` then give the same, rounded model. A GGUF file was quantised when it was made.
     Raises SetupError, naming the file, if it is damaged or its model is not supported.
     """

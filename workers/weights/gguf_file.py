@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from gguf.quants import dequantize
 
 from scheduler.errors import SetupError
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy.typing as npt
     from tokenizers import Tokenizer
 
 # What reading damaged bytes raises, in numpy and in the reader.
@@ -63,11 +63,11 @@ class GgufFile:
     def names(self) -> tuple[str, ...]:
         return tuple(families.model_tensors(self.shape))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """float32, contiguous, in Hugging Face's layout; a copy that the caller owns."""
+    def array(self, name: str) -> npt.NDArray[np.float32]:
+        """In Hugging Face's layout; see Checkpoint."""
         stored = self.stored(name)
         try:
-            return torch.from_numpy(np.array(_numbers(stored), np.float32, order="C"))
+            return np.array(_numbers(stored), np.float32, order="C")
         except NotImplementedError as error:
             raise SetupError(
                 f"{self._path}: {name} is quantised as {stored.kind.name}, which is not "
@@ -94,7 +94,7 @@ class GgufFile:
             raise self._damaged(error) from error
 
     def close(self) -> None:
-        """Let go of the file. Tensors already given stay; nothing more may be asked."""
+        """Let go of the file. Arrays already given stay; nothing more may be asked."""
         self._tensors.clear()
         self._metadata.clear()
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
-import torch
 from gguf.quants import dequantize
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from scheduler.errors import SetupError
 from workers.weights import families
 from workers.weights.hf_config import Config, Ids, read_shape
 from workers.weights.quantise import BLOCK, KINDS, Quantize, quantise
+from workers.weights.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from workers.weights.gguf_header import StoredTensor
 
@@ -79,7 +82,7 @@ class SafetensorsFolder:
         self.special_tokens = _special_tokens(tokenizer)
         self.chat_template = self._chat_template(tokenizer)
         # Our name → the open file that holds the weight, and its name there.
-        self._weights: dict[str, tuple[Any, str]] = {}
+        self._weights: dict[str, tuple[SafetensorsFile, str]] = {}
         self._dims: dict[str, tuple[int, ...]] = {}
         with contextlib.ExitStack() as files:
             self._open_weights(files)
@@ -89,10 +92,11 @@ class SafetensorsFolder:
     def names(self) -> tuple[str, ...]:
         return tuple(families.model_tensors(self.shape))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """float32 and contiguous; see Checkpoint."""
+    def array(self, name: str) -> npt.NDArray[np.float32]:
+        """See Checkpoint."""
         if stored := self.stored(name):
-            return torch.from_numpy(dequantize(stored.data, stored.kind))
+            values: npt.NDArray[np.float32] = dequantize(stored.data, stored.kind)
+            return values
         return self._original(name)
 
     def stored(self, name: str) -> StoredTensor | None:
@@ -107,9 +111,7 @@ class SafetensorsFolder:
         if self._quantize is None or small or dims[1] % BLOCK:
             return None
         try:
-            return quantise(
-                self._original(name).numpy(), KINDS["int8" if table else self._quantize]
-            )
+            return quantise(self._original(name), KINDS["int8" if table else self._quantize])
         except ValueError as error:
             raise SetupError(f"{self._path}: {name} cannot be quantised: {error}") from error
 
@@ -117,10 +119,12 @@ class SafetensorsFolder:
         tied = name == families.LM_HEAD and self.shape.tied_embeddings
         return families.EMBEDDING if tied else name
 
-    def _original(self, name: str) -> torch.Tensor:
-        file, name = self._weights[self._source(name)]
-        stored: torch.Tensor = file.get_tensor(name)
-        return stored.to(torch.float32).contiguous()
+    def _original(self, name: str) -> npt.NDArray[np.float32]:
+        file, stored = self._weights[self._source(name)]
+        try:
+            return file.read(stored)
+        except ValueError as error:
+            raise SetupError(f"{self._path}: {name} cannot be read: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
         path = self._path / "tokenizer.json"
@@ -132,7 +136,7 @@ class SafetensorsFolder:
             raise SetupError(f"{path} is damaged ({error}); fetch it again") from error
 
     def close(self) -> None:
-        """Close the files. Tensors already given stay."""
+        """Close the files. Arrays already given stay."""
         self._weights.clear()
         self._files.close()
 
@@ -158,13 +162,12 @@ class SafetensorsFolder:
         dims = self._dims
         for path in self._weight_files():
             try:
-                file = files.enter_context(safe_open(path, framework="pt"))
-                for stored in file.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
-                    name = _our_name(stored)
-                    self._weights[name] = file, stored
-                    dims[name] = tuple(file.get_slice(stored).get_shape())
+                file = files.enter_context(contextlib.closing(SafetensorsFile(path)))
             except (OSError, SafetensorError) as error:
                 raise SetupError(f"{path} is damaged ({error}); fetch it again") from error
+            for stored, found in file.dims.items():
+                name = _our_name(stored)
+                self._weights[name], dims[name] = (file, stored), found
         # Old exports keep two things that the model does not need: the rotary frequencies, which
         # follow from theta, and a copy of tied embeddings.
         derived = [name for name in dims if name.endswith("rotary_emb.inv_freq")]
