@@ -12,7 +12,7 @@ from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
 from workers.reading import read
 from workers.runner import NO_WISHES
-from workers.sampling import sample
+from workers.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,7 @@ class FastRunner:
         self.vocab = checkpoint.shape.vocab
         self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
         self.model = FastModel(checkpoint, self.cache, Pool(threads), max_rows)
+        self._sampler = Sampler()
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
@@ -40,7 +41,7 @@ class FastRunner:
         if wishes.readings:
             read(slices, self.model.x.data[: len(layout.tokens)], self, wishes.readings)
         logits = self.model.drawn_logits.data[: len(layout.drawn)]
-        return sample(logits, make_draws(slices, wishes.masks))
+        return self._sampler.sample(logits, make_draws(slices, wishes.masks))
 
     def final(self, hidden: Array) -> Array:
         """See Head.final; the same as kernels.reference.rms_norm."""

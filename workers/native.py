@@ -12,7 +12,7 @@ from workers.layout import lay_out, make_draws
 from workers.model import Batch, Decode, Model, Prefill
 from workers.reading import read
 from workers.runner import NO_WISHES
-from workers.sampling import sample
+from workers.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,6 +36,7 @@ class NativeRunner:
         self.vocab = self.model.shape.vocab
         self.cache = KvCache(self.model.shape, kv_blocks)
         self._cache = torch.from_numpy(self.cache.data)  # the same memory
+        self._sampler = Sampler()
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
@@ -44,7 +45,7 @@ class NativeRunner:
         if wishes.readings:
             read(slices, hidden.numpy(), self, wishes.readings)
         logits = self.model.logits(hidden[batch.drawn])
-        return sample(logits.numpy(), make_draws(slices, wishes.masks))
+        return self._sampler.sample(logits.numpy(), make_draws(slices, wishes.masks))
 
     def final(self, hidden: Array) -> Array:
         """See Head.final."""

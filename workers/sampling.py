@@ -1,9 +1,9 @@
 """From logits to tokens.
 
 A row of logits passes, in this order: repetition, presence and frequency penalties, logit bias,
-the grammar's mask, temperature, top-k, top-p, min-p, then one draw. Everything after the logits is
-float64 numpy and looks at its own row alone, so a draw is a function of (logits, sampling, prompt
-index, choice, tokens so far) whoever shares the batch.
+the grammar's mask, temperature, top-k, top-p, min-p, then one draw (workers/noise.py). Everything
+after the logits is numpy, decided in float64, and looks at its own row alone, so a draw is a
+function of (logits, sampling, prompt index, choice, tokens so far) whoever shares the batch.
 
 Log-probabilities that are reported are those of the model's own distribution: log-softmax of the
 raw logits, before any of the steps above.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from scheduler.errors import BadRequest
+from workers.noise import Noise, winner
 from workers.runner import Sampled
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
     from scheduler.request import Sampling, TokenIds
     from workers.grammar import Mask
+    from workers.noise import Logits
 
 Row: TypeAlias = "npt.NDArray[np.float64]"  # [V]
+Raw: TypeAlias = "npt.NDArray[np.float32]"  # [V]
 Ids: TypeAlias = "npt.NDArray[np.int64]"
-
-_WORD = 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,6 @@ class Draw:
         """Index of the token wanted among those emitted."""
         return len(self.tokens) - self.prompt_len
 
-    @property
-    def plain(self) -> bool:
-        """Greedy over the logits as they are, with nothing more to report."""
-        s = self.sampling
-        free = self.allowed is None and not _adjusts(s)
-        return free and s.temperature == 0 and s.logprobs is None
-
 
 def check(sampling: Sampling, vocab: int) -> None:
     """Raise BadRequest for what only a model's vocabulary size can tell to be wrong."""
@@ -68,28 +62,35 @@ def check(sampling: Sampling, vocab: int) -> None:
             )
 
 
-def sample(logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> list[Sampled]:
-    """One token for each draw. logits [n, V]; several draws may share a row."""
-    if not draws:
-        return []
-    best = logits.argmax(-1).tolist()  # the lowest id of equals
-    return [Sampled(best[d.row]) if d.plain else _sample_one(logits[d.row], d) for d in draws]
+class Sampler:
+    """Draws tokens. Its noise forgets each draw."""
 
+    def __init__(self) -> None:
+        self._noise = Noise()
 
-def noise(seed: int, prompt_index: int, choice: int, position: int, vocab: int) -> Row:
-    """Uniform numbers in (0, 1) for each token id: the same for the same arguments, for ever.
+    def sample(self, logits: npt.NDArray[np.float32], draws: Sequence[Draw]) -> list[Sampled]:
+        """One token for each draw. logits [n, V]; several draws may share a row."""
+        return [self._sample_one(logits[draw.row], draw) for draw in draws]
 
-    Counter-based (Philox 4x64-10, Salmon et al. 2011), the counter's low word left to the token
-    ids. Only the generator's raw words are used: numpy keeps those stable over its versions.
-    """
-    counter = np.array([0, position, choice, prompt_index], np.uint64)
-    key = np.array([seed % _WORD, 0], np.uint64)
-    words = np.random.Philox(counter=counter, key=key).random_raw(vocab)
-    words >>= np.uint64(12)
-    uniform = words.astype(np.float64)
-    uniform += 0.5
-    uniform *= 2.0**-52
-    return uniform
+    def _sample_one(self, raw: Raw, draw: Draw) -> Sampled:
+        s = draw.sampling
+        row = _adjust(raw.astype(np.float64), draw) if _adjusts(s) else raw
+        if draw.allowed is not None:
+            row = _restrict(row, draw.allowed)
+        token = int(row.argmax()) if s.temperature == 0 else self._draw(row, draw)
+        if s.logprobs is None:
+            return Sampled(token)
+        below = raw.astype(np.float64) - float(raw.max())
+        logprobs = below - np.log(np.exp(below).sum())
+        top = tuple((int(i), float(logprobs[i])) for i in largest(logprobs, s.logprobs))
+        return Sampled(token, float(logprobs[token]), top)
+
+    def _draw(self, row: Logits, draw: Draw) -> int:
+        """Draw from softmax(row / temperature), truncated."""
+        s = draw.sampling
+        ids = kept(_weights(row, s.temperature), s) if _truncates(s) else None
+        self._noise.seek(s.seed, draw.prompt_index, draw.choice, draw.position)
+        return winner(self._noise, row, s.temperature, ids)
 
 
 def kept(weights: Row, s: Sampling) -> Ids:
@@ -102,20 +103,6 @@ def kept(weights: Row, s: Sampling) -> Ids:
     if s.min_p > 0.0:
         ids = ids[weights[ids] >= s.min_p * weights.max()]
     return ids
-
-
-def _sample_one(raw: npt.NDArray[np.float32], draw: Draw) -> Sampled:
-    s = draw.sampling
-    row = raw.astype(np.float64)
-    adjusted = _adjust(row.copy(), draw) if _adjusts(s) else row
-    if draw.allowed is not None:
-        adjusted = _restrict(adjusted, draw.allowed)
-    token = int(adjusted.argmax()) if s.temperature == 0 else _draw(adjusted, draw)
-    if s.logprobs is None:
-        return Sampled(token)
-    logprobs = row - (row.max() + np.log(np.exp(row - row.max()).sum()))
-    top = tuple((int(i), float(logprobs[i])) for i in largest(logprobs, s.logprobs))
-    return Sampled(token, float(logprobs[token]), top)
 
 
 def _adjusts(s: Sampling) -> bool:
@@ -146,32 +133,19 @@ def _adjust(row: Row, draw: Draw) -> Row:
     return row
 
 
-def _restrict(row: Row, allowed: Mask) -> Row:
+def _restrict(row: Logits, allowed: Mask) -> Logits:
     """A copy without the tokens that are not allowed. A model may have more rows than tokens."""
     restricted = np.full_like(row, -np.inf)
     restricted[: len(allowed)][allowed] = row[: len(allowed)][allowed]
     return restricted
 
 
-def _draw(row: Row, draw: Draw) -> int:
-    """Draw from softmax(row / temperature), truncated.
-
-    Gumbel-max in its exponential form: the least of -log(u) / p wins with probability p, found as
-    the largest of log(u) / p.
-    """
-    s = draw.sampling
-    weights = row - row.max()
+def _weights(row: Logits, temperature: float) -> Row:
+    """Unnormalised probabilities [V], the largest 1."""
+    below = row.astype(np.float64) - float(row.max())
     with np.errstate(over="ignore"):  # to -inf, at the lowest temperatures
-        weights /= s.temperature
-    np.exp(weights, out=weights)
-    u = noise(s.seed, draw.prompt_index, draw.choice, draw.position, len(row))
-    ids = kept(weights, s) if _truncates(s) else None
-    if ids is not None:
-        u, weights = u[ids], weights[ids]
-    with np.errstate(divide="ignore", over="ignore"):  # a weight of (nearly) 0 never wins
-        np.divide(np.log(u, out=u), weights, out=u)
-    best = int(u.argmax())
-    return best if ids is None else int(ids[best])
+        below /= temperature
+    return np.exp(below, out=below)
 
 
 def _truncates(s: Sampling) -> bool:

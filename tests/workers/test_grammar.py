@@ -18,7 +18,7 @@ from scheduler.request import Grammar, Sampling
 from workers.engine import Engine
 from workers.fake import EOS, SHAPE, FakeOptions, FakeText
 from workers.native import NativeRunner
-from workers.sampling import Draw, sample
+from workers.sampling import Draw, Sampler
 
 PROMPT = list(b"say it in JSON")
 PERSON = {
@@ -150,7 +150,7 @@ def test_only_allowed_tokens_are_drawn(seed, tokens, options):
     mask[tokens] = True
     logits = np.random.default_rng(seed).normal(0, 5, (1, 12)).astype(np.float32)
     draw = Draw(0, Sampling(seed, **options), 0, 0, [1], 1, mask)
-    (drawn,) = sample(logits, [draw])
+    (drawn,) = Sampler().sample(logits, [draw])
     assert drawn.token in tokens
     if "temperature" in options:
         assert drawn.token == max(set(tokens), key=lambda token: (logits[0, token], -token))

@@ -8,10 +8,12 @@ import pytest
 from scheduler.errors import BadRequest
 from scheduler.request import Sampling
 from workers.runner import Sampled
-from workers.sampling import Draw, check, kept, noise, sample
+from workers.sampling import Draw, Sampler, check, kept
 
 PROBABILITIES = (0.4, 0.25, 0.15, 0.1, 0.06, 0.04)
 LOGITS = [math.log(p) for p in PROBABILITIES]
+
+sample = Sampler().sample  # one for all: it keeps nothing
 
 
 def draw(sampling, *, row=0, prompt=(0,), emitted=(), prompt_index=0, choice=0):
@@ -169,32 +171,6 @@ def test_a_tiny_temperature_is_greedy_and_a_huge_one_is_even():
     assert set(cold) == {0}
     hot = drawn_at_each_position(LOGITS, Sampling(seed=2, temperature=1e9), 3000)
     assert min(np.bincount(hot, minlength=6)) > 400
-
-
-# ── noise ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_noise_is_the_same_for_ever():
-    expected = [0.6713649223947628, 0.6364477296299932, 0.33429482598326465]
-    assert noise(7, 1, 2, 3, 3).tolist() == expected
-
-
-def test_noise_is_told_apart_by_each_of_its_arguments():
-    base = (7, 1, 2, 3)
-    others = [(8, 1, 2, 3), (7, 2, 2, 3), (7, 1, 3, 3), (7, 1, 2, 4), (1, 7, 2, 3), (7, 1, 3, 2)]
-    streams = {noise(*arguments, 4).tobytes() for arguments in [base, *others]}
-    assert len(streams) == 1 + len(others)
-
-
-def test_a_longer_vocabulary_leaves_the_noise_of_its_first_tokens():
-    assert np.array_equal(noise(7, 1, 2, 3, 1001)[:10], noise(7, 1, 2, 3, 10))
-
-
-@pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 1, -(2**63), 2**70])
-def test_noise_lies_strictly_between_0_and_1_for_any_seed(seed):
-    u = noise(seed, 0, 0, 0, 50_000)
-    assert 0.0 < u.min() < 1e-3
-    assert 1.0 - 1e-3 < u.max() < 1.0
 
 
 def test_a_draw_does_not_depend_on_its_batch():
