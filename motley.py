@@ -117,7 +117,7 @@ def _worker(options: argparse.Namespace) -> None:
         name=options.name,
         model=model.name,
         role=Role(options.role),
-        router=options.join,
+        routers=options.join,
         secret=secret.encode(),
         listen_host=options.listen,
         advertise_host=options.advertise,
@@ -254,7 +254,13 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
 
 def _worker_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--join", type=_address, required=True, metavar="HOST:PORT")
+    command.add_argument(
+        "--join",
+        type=_addresses,
+        required=True,
+        metavar="HOST:PORT[,…]",
+        help="its routers; each of several sees what the others send here",
+    )
     command.add_argument("--role", choices=[str(role) for role in Role], default="mixed")
     command.add_argument("--name", default=f"{os.uname().nodename}-{secrets.token_hex(3)}")
     command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
@@ -316,6 +322,10 @@ def _address(text: str) -> Address:
     if not (host and colon and port.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 192.0.2.7:8100")
     return Address(host.strip("[]"), _port(port))
+
+
+def _addresses(text: str) -> tuple[Address, ...]:
+    return tuple(map(_address, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ class Load(Wire, frozen=True):
     kv_bytes_received: int
     drafted: int = 0  # tokens guessed by speculation
     drafts_accepted: int = 0  # of those, the right ones
+    others_running: int = 0  # sequences of other routers' requests that run or wait here
+    others_queued: int = 0  # tokens of their prompts that are not computed
 
 
 class Accepted(Wire, frozen=True):
@@ -232,6 +234,7 @@ class Joined(Wire, frozen=True):
     """The router takes the worker in."""
 
     heartbeat_s: float
+    router: str = ""  # its id, with which the ids of its jobs begin (see request.router_of)
 
 
 class Peer(msgspec.Struct, frozen=True):

@@ -96,7 +96,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     of text already `sent` to the client; a fresh job carries none and may have several choices.
     """
 
-    id: str
+    id: str  # begins with the router's (see router_of)
     epoch: int  # grows with each attempt; a worker's words about an older epoch are ignored
     model: str
     prompt: Prompt
@@ -117,3 +117,13 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
         """It ends with its prompt, or with the first token after it."""
         most = self.limits.max_tokens
         return self.embed or (most is not None and most <= 1)
+
+
+def job_id(router: str, number: int, name: str) -> str:
+    """An id that no other job of any router has; clients may repeat the `name` of a request."""
+    return f"{router}/{number}/{name}"
+
+
+def router_of(job: str) -> str:
+    """The id of the router whose job this is: a worker serves several, its answers go home."""
+    return job.partition("/")[0]

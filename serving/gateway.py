@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from scheduler.messages import (
     Tokenised,
     Wire,
 )
-from scheduler.request import Job
+from scheduler.request import Job, job_id
 from serving.ask import Delta, ModelInfo
 from serving.inquiry import Inquiries
 from serving.stream import Stream
@@ -93,8 +92,6 @@ class Gateway:
         self._members = members
         self._expected = expected
         self._live: dict[str, Live] = {}
-        # Clients may repeat a request id, and routers may share workers: job ids are our own.
-        self._nonce = secrets.token_hex(4)
         self._numbers = itertools.count()
         self._averages: dict[str, Averages] = {}
         self._inquiries = Inquiries(members)
@@ -156,7 +153,7 @@ class Gateway:
 
     def _begin(self, ask: Ask, index: int, stream: Stream) -> Live:
         job = Job(
-            id=f"{ask.id}/{self._nonce}{next(self._numbers)}",
+            id=job_id(self._members.router, next(self._numbers), ask.id),
             epoch=0,
             model=ask.model,
             prompt=ask.prompts[index],

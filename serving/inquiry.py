@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
 from typing import TYPE_CHECKING
 
 from scheduler.errors import BadRequest, Unavailable
 from scheduler.messages import Failed, FailureKind, Tokenise, Tokenised
+from scheduler.request import job_id
 
 if TYPE_CHECKING:
     from scheduler.request import Prompt
@@ -23,7 +23,6 @@ class Inquiries:
     def __init__(self, members: Members) -> None:
         self._members = members
         self._waiting: dict[str, tuple[str, asyncio.Future[Tokenised]]] = {}  # worker, answer
-        self._nonce = secrets.token_hex(4)
         self._numbers = itertools.count()
 
     async def tokenise(self, model: str, prompt: Prompt, created: float) -> Tokenised:
@@ -32,7 +31,7 @@ class Inquiries:
         if not members:
             raise Unavailable(f"the workers of {model!r} are not ready", retry_after=2)
         member = min(members, key=lambda m: (m.queued_tokens, m.running, m.join.name))
-        question = f"tokens/{self._nonce}{next(self._numbers)}"
+        question = job_id(self._members.router, next(self._numbers), "tokens")
         answer: asyncio.Future[Tokenised] = asyncio.get_running_loop().create_future()
         self._waiting[question] = (member.join.name, answer)
         self._members.post(member.join.name, Tokenise(question, prompt, created))

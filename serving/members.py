@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,7 @@ class Members:
         self.on_message: Callable[[str, Wire], None] = lambda worker, message: None
         self.on_lost: Callable[[str], None] = lambda worker: None
         self.lost = 0
+        self.router = secrets.token_hex(4)  # this router's id: several may share their workers
         self._clock = clock
         self._members: dict[str, Member] = {}
         self._records: dict[str, Record] = {}
@@ -152,7 +154,7 @@ class Members:
         member = Member(join, connection, since=time.time(), record=self._recall(join))
         helpers = [asyncio.create_task(self._write(member))]
         try:
-            await connection.send(Joined(HEARTBEAT_S))
+            await connection.send(Joined(HEARTBEAT_S, self.router))
             if old := self._members.get(join.name):
                 self._remove(old)  # it came back before we noticed that it was gone
             self._members[join.name] = member

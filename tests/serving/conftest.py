@@ -48,6 +48,7 @@ class Cluster:
         self.gateway = Gateway(self.members, frozenset({"fake"}))
         self.workers: dict[str, Worker] = {}
         self.port = 0
+        self.also: tuple[Address, ...] = ()  # routers that new workers join besides this one
         self._make_engine = make_engine
         self._until = until
 
@@ -57,9 +58,8 @@ class Cluster:
         """A worker that joins by itself; `joined` waits for it."""
         made = self._make_engine(**engine)
         made.text.fingerprint = fingerprint or made.text.fingerprint
-        config = WorkerConfig(
-            name, model, role, Address("127.0.0.1", self.port), secret, "127.0.0.1"
-        )
+        routers = (Address("127.0.0.1", self.port), *self.also)
+        config = WorkerConfig(name, model, role, routers, secret, "127.0.0.1")
         service = WorkerService(config, made, Rates(1e6, 1e-4))
         self.workers[name] = Worker(service, made, asyncio.create_task(service.run()))
         return self.workers[name]

@@ -44,6 +44,8 @@ async def test_an_unknown_model_and_one_without_workers(cluster):
 class Silent:
     """Members of which one is there, and says nothing by itself."""
 
+    router = "here"
+
     def __init__(self, member):
         self.member = member
         self.posted = []

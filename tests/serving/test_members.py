@@ -65,7 +65,7 @@ class Router:
         connection = await dial(*self.address, SECRET)
         self.connections.append(connection)
         await connection.send(introduction(name, **changes))
-        assert await connection.expect(Joined) == Joined(HEARTBEAT_S)
+        assert await connection.expect(Joined) == Joined(HEARTBEAT_S, self.members.router)
         await self.members.joined(name)
         return connection
 

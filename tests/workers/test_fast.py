@@ -319,7 +319,7 @@ async def test_workers_of_both_modes_do_not_join_one_pool(engine, until):
     async with listen("127.0.0.1", 0, secret, members.serve) as bound:
 
         def start(name, runner):
-            config = WorkerConfig(name, "m", Role.MIXED, Address(*bound), secret, "127.0.0.1")
+            config = WorkerConfig(name, "m", Role.MIXED, (Address(*bound),), secret, "127.0.0.1")
             service = WorkerService(config, engine(runner=runner), Rates(1.0, 1.0))
             return asyncio.create_task(service.run())
 

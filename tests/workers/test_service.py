@@ -28,6 +28,7 @@ from scheduler.messages import (
     Submit,
 )
 from scheduler.transport import listen
+from workers import membership
 from workers import service as service_module
 from workers.fake import FakeOptions
 from workers.run import run_worker
@@ -73,7 +74,7 @@ def worker(make_engine, until):
         made = make_engine(**engine)
         async with listen("127.0.0.1", 0, SECRET, router.serve) as bound:
             router.address = Address(*bound)
-            config = WorkerConfig("w", "fake", Role.MIXED, router.address, SECRET, "127.0.0.1")
+            config = WorkerConfig("w", "fake", Role.MIXED, (router.address,), SECRET, "127.0.0.1")
             service = WorkerService(config, made, Rates(1.0, 1.0))
             task = asyncio.create_task(service.run())
             try:
@@ -160,17 +161,34 @@ async def test_a_cancel_while_its_words_are_on_the_way_does_not_cut_them(worker,
     """The router reads slowly: the words of a cancelled job are still whole, and others follow."""
     async with worker(blocks=20_000) as (router, connection, service):
         await router.hear(connection, Load)
-        link = service._router
-        link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        (member,) = service._memberships
+        member._connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         for number in range(12):
             await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
-        await until(lambda: len(link._sending._waiters or ()) >= 3)  # more than the kernel takes
+        await until(lambda: member._outbox.qsize() >= 3)  # more than the kernel takes
         for number in range(12):
             await connection.send(Cancel(f"{number}", 1))
         await connection.send(Submit(make_job("abc", id="last")))
         while (await router.hear(connection, Accepted)).id != "last":
             pass
+
+
+async def test_a_router_that_does_not_listen_is_left_before_its_words_pile_up(
+    worker, make_job, monkeypatch, caplog
+):
+    monkeypatch.setattr(membership, "OUTBOX", 3)
+    async with worker(blocks=20_000) as (router, connection, service):
+        await router.hear(connection, Load)
+        (member,) = service._memberships
+        member._connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        for number in range(12):
+            await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
+        again = await router.connections.get()
+        assert "does not listen" in caplog.text
+        await again.send(Submit(make_job("abc", id="last")))
+        assert (await router.hear(again, Accepted)).id == "last"
 
 
 # ── joining ─────────────────────────────────────────────────────────────────────────────────────
@@ -196,18 +214,18 @@ async def test_a_router_that_speaks_out_of_turn_is_the_operators_to_mend(worker,
     router = Router()
     router.reply = Refused("not you")
     async with listen("127.0.0.1", 0, SECRET, router.serve) as bound:
-        config = WorkerConfig("w", "fake", Role.MIXED, Address(*bound), SECRET, "127.0.0.1")
+        config = WorkerConfig("w", "fake", Role.MIXED, (Address(*bound),), SECRET, "127.0.0.1")
         with pytest.raises(SetupError, match="the router refused this worker: not you"):
             await WorkerService(config, make_engine(), Rates(1.0, 1.0)).run()
 
 
 async def test_it_waits_for_its_router_as_long_as_it_takes(make_engine, monkeypatch, caplog, until):
-    monkeypatch.setattr(service_module, "REJOIN_FIRST_S", 0.01)
+    monkeypatch.setattr(membership, "REJOIN_FIRST_S", 0.01)
     router = Router()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     address = Address("127.0.0.1", port)
-    config = WorkerConfig("w", "fake", Role.MIXED, address, SECRET, "127.0.0.1", "example.org")
+    config = WorkerConfig("w", "fake", Role.MIXED, (address,), SECRET, "127.0.0.1", "example.org")
     task = asyncio.create_task(WorkerService(config, make_engine(), Rates(1.0, 1.0)).run())
     await until(lambda: caplog.text.count("trying again") >= 2)
     async with listen("127.0.0.1", port, SECRET, router.serve):
@@ -223,7 +241,7 @@ async def test_it_waits_for_its_router_as_long_as_it_takes(make_engine, monkeypa
 async def test_it_leaves_when_what_it_has_is_finished(make_engine, make_job):
     router, stop = Router(), asyncio.Event()
     async with listen("127.0.0.1", 0, SECRET, router.serve) as bound:
-        config = WorkerConfig("w", "fake", Role.MIXED, Address(*bound), SECRET, "127.0.0.1")
+        config = WorkerConfig("w", "fake", Role.MIXED, (Address(*bound),), SECRET, "127.0.0.1")
         service = WorkerService(
             config, make_engine(options=FakeOptions(tokens=20, step_ms=1)), Rates(1.0, 1.0)
         )
@@ -243,7 +261,7 @@ async def test_it_does_not_drain_for_ever(make_engine, make_job, monkeypatch):
     monkeypatch.setattr(service_module, "DRAIN_S", 0.05)
     router, stop = Router(), asyncio.Event()
     async with listen("127.0.0.1", 0, SECRET, router.serve) as bound:
-        config = WorkerConfig("w", "fake", Role.MIXED, Address(*bound), SECRET, "127.0.0.1")
+        config = WorkerConfig("w", "fake", Role.MIXED, (Address(*bound),), SECRET, "127.0.0.1")
         engine = make_engine(options=FakeOptions(tokens=10**6, step_ms=1))
         service = WorkerService(config, engine, Rates(1.0, 1.0))
         task = asyncio.create_task(run_worker(service, stop, child=False))
