@@ -16,7 +16,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from scheduler.errors import BadRequest, SetupError
 from workers.detokenize import Detokenizer
-from workers.grammar import Grammars
 from workers.tools import HERMES, style_of
 from workers.tools_prompt import explain
 from workers.vocabulary import Vocabulary
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from scheduler.request import Message, Prompt, TokenIds, ToolCall
+    from workers.grammar import Grammars
     from workers.tools import Style
     from workers.weights.checkpoint import Checkpoint
 
@@ -131,8 +131,10 @@ class Text:
         self._call_marks = frozenset(map(tokenizer.token_to_id, marks)) - eos_ids - {None}
         self.eos_ids = eos_ids
         self.context_length = context_length
-        words = [tokenizer.to_str(), chat_template, sorted(eos_ids), sorted(special_tokens.items())]
-        self.fingerprint = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+        words = [chat_template, sorted(eos_ids), sorted(special_tokens.items())]
+        digest = hashlib.sha256(json.dumps(words).encode())
+        digest.update(tokenizer.to_str().encode())
+        self.fingerprint = digest.hexdigest()
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Text:
@@ -148,6 +150,7 @@ class Text:
     @cached_property
     def grammars(self) -> Grammars:
         """Structured output in this vocabulary. Made on first use: it takes a moment."""
+        from workers.grammar import Grammars  # here: most workers never need its 5 MB
 
         def encode(text: str) -> TokenIds:
             ids: TokenIds = self._tokenizer.encode(text, add_special_tokens=False).ids

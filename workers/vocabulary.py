@@ -27,7 +27,8 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises SetupError for a kind of vocabulary that is not known."""
         self._tokenizer = tokenizer
-        self._spelling = _spelling(json.loads(tokenizer.to_str())["decoder"])
+        decoder = tokenizer.decoder  # its state is its part of tokenizer.json
+        self._spelling = _spelling(json.loads(decoder.__getstate__()) if decoder else None)
         self._bytes: dict[int, bytes] = {}
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
