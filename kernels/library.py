@@ -106,6 +106,10 @@ class SumOp(Structure):
     _fields_ = (("in_", c_void_p), ("out", c_void_p), ("count", c_int64))
 
 
+class MarkOp(Structure):
+    _fields_ = (("mark", c_void_p), ("value", c_int32))
+
+
 class OpUnion(Union):
     _fields_ = (
         ("embed", EmbedOp),
@@ -118,6 +122,7 @@ class OpUnion(Union):
         ("attention", AttentionOp),
         ("gather", RowsOp),
         ("sum", SumOp),
+        ("mark", MarkOp),
     )
 
 

@@ -22,6 +22,8 @@ from kernels.library import OP_KINDS, OP_STRUCTS, BatchStruct, Heads, KvLayer, M
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kernels.mark import Mark
+
     Array = np.ndarray[Any, Any]
 
 GROUP = 32  # columns that share a scale
@@ -219,15 +221,26 @@ class Program:
         fields = (qkv.pointer, angles.pointer, *pointers, extras.eps, counts, layer)
         self._add("rope", fields, qkv, angles, cache, arrays)
 
+    def mark(self, mark: Mark, value: int) -> None:
+        """Let the mark reach `value` when all before this is done; what follows need not wait."""
+        self._add("mark", (mark.pointer, value), mark)
+
     def attention(
-        self, qkv: Floats, heads: HeadCounts, cache: Array, out: Floats, window: int = 0
+        self,
+        qkv: Floats,
+        heads: HeadCounts,
+        cache: Array,
+        out: Floats,
+        window: int = 0,
+        *,
+        wait: bool = True,
     ) -> None:
         """out [T, H·E] = causal attention of qkv's queries over their sequences' cache.
 
         Each token sees the newest `window` ones, itself included, or all where it is 0.
         """
         fields = (qkv.pointer, out.pointer, Heads(*heads), _kv_layer(cache), window)
-        self._add("attention", fields, qkv, cache, out)
+        self._add("attention", fields, qkv, cache, out, wait=wait)
 
     def gather(self, x: Floats, out: Floats) -> None:
         """out [n, D] = the drawn rows of x [T, D]; what follows works on n rows."""

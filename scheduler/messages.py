@@ -279,11 +279,23 @@ class Reserve(Wire, frozen=True):
     prefill: str  # name of the worker that asks
     fingerprint: str
     lease_s: float
+    checksums: tuple[str, ...] = ()  # that it can compute, best first; none: it knows no Again
+    seal: int | None = None  # checksum of all else (workers/kv_wire)
 
 
 class Reserved(Wire, frozen=True):
     id: str
     epoch: int
+    checksum: str = ""  # of those that the sender knows; none: whole layers, unchecked, no Again
+
+
+class KvPart(msgspec.Struct, frozen=True, array_like=True):
+    """Neighbouring layers and tokens of a prompt's KV."""
+
+    first_layer: int
+    layers: int
+    first_token: int
+    tokens: int
 
 
 class KvBlocks(Wire, frozen=True):
@@ -298,6 +310,8 @@ class KvBlocks(Wire, frozen=True):
     head_dim: int
     dtype: str  # numpy's name: float32, float16
     codec: str  # "raw"
+    first_token: int = 0
+    checksum: int | None = None  # of the payload and of all else here
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -314,6 +328,15 @@ class Commit(Wire, frozen=True):
     id: str
     epoch: int
     firsts: tuple[FirstToken, ...]
+    seal: int | None = None  # checksum of all else
+
+
+class Again(Wire, frozen=True):
+    """Not all has arrived whole: send these parts once more, then the Commit."""
+
+    id: str
+    epoch: int
+    parts: tuple[KvPart, ...]
 
 
 class Committed(Wire, frozen=True):
@@ -325,5 +348,5 @@ Handshake: TypeAlias = Challenge | Answer | Welcome | Refused
 FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed | Tokenised | Leaving
 FromRouter: TypeAlias = Joined | Submit | Tokenise | Cancel | Refused
 ToDecode: TypeAlias = Reserve | KvBlocks | Commit
-FromDecode: TypeAlias = Reserved | Committed | Refused
+FromDecode: TypeAlias = Reserved | Again | Committed | Refused
 Anything: TypeAlias = Handshake | FromWorker | FromRouter | ToDecode | FromDecode

@@ -21,6 +21,7 @@ import msgspec
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.handshake import greet, introduce
 from scheduler.messages import HANDSHAKE, Anything, Refused, Wire
+from scheduler.vectored import advance, receive_some, send_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -64,7 +65,6 @@ class Connection:
         self.bytes_read = 0
         self.version = HANDSHAKE  # until both have said what they speak
         self._sock = sock
-        self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Anything)
@@ -90,12 +90,12 @@ class Connection:
     async def send(self, message: Wire, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. The payload's memory must not change until this returns."""
         header = self._encoder.encode(message)
-        size = sum(memoryview(part).nbytes for part in payload)
+        parts = [memoryview(part).cast("B") for part in payload]
+        size = sum(part.nbytes for part in parts)
+        parts.insert(0, memoryview(_PREFIX.pack(_MAGIC, self.version, len(header), size) + header))
         async with self._sending:
             try:
-                await self._write(_PREFIX.pack(_MAGIC, self.version, len(header), size) + header)
-                for part in payload:
-                    await self._write(part)
+                await self._write(parts)
             except BaseException:
                 self.close()  # a frame cut in the middle cannot be mended
                 raise
@@ -116,7 +116,7 @@ class Connection:
         self._payload = payload
         try:
             return self._decoder.decode(header), payload
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"{self.remote} sent an unknown message: {error}") from None
 
     async def expect(self, kind: type[Word]) -> Word:
@@ -133,8 +133,7 @@ class Connection:
         size = sum(view.nbytes for view in views)
         if size != self._payload:
             raise ProtocolError(f"payload of {self._payload} bytes where {size} fit")
-        for view in views:
-            await self._fill(view)
+        await self._fill(list(views))
         self._payload = 0
 
     def close(self) -> None:
@@ -164,38 +163,41 @@ class Connection:
         if self._closed and not self._pending:
             self._sock.close()
 
-    async def _write(self, data: Buffer) -> None:
+    async def _write(self, parts: list[memoryview]) -> None:
         with self._operation():
-            await self._loop.sock_sendall(self._sock, data)
+            await send_all(self._sock, parts)
 
-    async def _read(self, view: memoryview) -> int:
+    async def _fill(self, views: list[memoryview]) -> None:
+        """Fill views: first from what was read ahead, then straight from the socket."""
+        while views and self._start < self._end:
+            ready = min(self._end - self._start, views[0].nbytes)
+            views[0][:ready] = self._buffer[self._start : self._start + ready]
+            self._start += ready
+            advance(views, ready)
+        advance(views, 0)  # those of no bytes: nothing would be read into them
+        while views:
+            await self._read(views)
+
+    async def _read(self, views: list[memoryview]) -> int:
         with self._operation():
-            count = await self._loop.sock_recv_into(self._sock, view)
+            count = await receive_some(self._sock, views)
         if count == 0:
             raise ConnectionResetError(f"{self.remote} closed the connection")
         self.bytes_read += count
         return count
 
-    async def _fill(self, view: memoryview) -> None:
-        """Fill one view: first from what was read ahead, then straight from the socket."""
-        ready = min(self._end - self._start, view.nbytes)
-        view[:ready] = self._buffer[self._start : self._start + ready]
-        self._start += ready
-        while ready < view.nbytes:
-            ready += await self._read(view[ready:])
-
     async def _take(self, count: int) -> memoryview | bytearray:
         """The next `count` bytes, valid until the next receive."""
         if count > _READ:
             large = bytearray(count)
-            await self._fill(memoryview(large))
+            await self._fill([memoryview(large)])
             return large
         if self._start + count > _READ:
             rest = bytes(self._buffer[self._start : self._end])
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
         while self._end - self._start < count:
-            self._end += await self._read(self._buffer[self._end :])
+            self._end += await self._read([self._buffer[self._end :]])
         self._start += count
         taken = self._buffer[self._start - count : self._start]
         if self._start == self._end:
@@ -206,7 +208,7 @@ class Connection:
         scrap = memoryview(bytearray(min(self._payload, _READ)))
         while self._payload:
             piece = scrap[: min(self._payload, len(scrap))]
-            await self._fill(piece)
+            await self._fill([piece])
             self._payload -= len(piece)
 
 

@@ -66,9 +66,9 @@ def _engine(
 def _move_kv(held, source: Engine, sequence, target: Engine) -> None:
     """What a transfer does: the held prompt's bytes into the blocks reserved for the sequence."""
     layers = range(source.runner.cache.layers)
-    data = b"".join(source.runner.cache.views(held.blocks, held.tokens, layers))
+    data = b"".join(source.runner.cache.views(held.blocks, range(held.tokens), layers))
     start = 0
-    for view in target.runner.cache.views(sequence.blocks, len(sequence.tokens), layers):
+    for view in target.runner.cache.views(sequence.blocks, range(len(sequence.tokens)), layers):
         view[:] = data[start : start + view.nbytes]
         start += view.nbytes
     assert start == len(data)

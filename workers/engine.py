@@ -15,6 +15,7 @@ from scheduler.blocks import blocks_for
 from scheduler.errors import BadRequest
 from scheduler.messages import FirstToken, Output
 from workers.choice import Choice
+from workers.held import Held, Ready
 from workers.runner import Wishes
 from workers.sampling import check
 from workers.speculate import Speculator
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
     from workers.text import Tokens
 
 Key = tuple[str, int]
-
-
-@dataclass(slots=True)
-class Held:
-    """A prompt whose KV waits here to be pushed: tokens [0, tokens) in `blocks`."""
-
-    blocks: list[int]
-    tokens: int
-    firsts: tuple[FirstToken, ...]  # of the choices that go on; empty: all have finished
 
 
 @dataclass(slots=True)
@@ -70,6 +62,7 @@ class Engine:
         self.speculator = Speculator() if speculate else None
         self._choices: dict[Sequence, Choice] = {}
         self._jobs: dict[Key, list[Sequence]] = {}
+        self._slices: tuple[Slice, ...] = ()  # of the step that runs
 
     @property
     def has_work(self) -> bool:
@@ -164,9 +157,12 @@ class Engine:
             self.speculator.propose(self._draftable())
         plan = self.batcher.next_step()
         result = StepResult(idle=not plan.slices and not plan.granted)
+        self.runner.cache.mark.reset()
+        self._slices = plan.slices
         start = self._clock()
         drawn = iter(self._run(plan, result) if plan.slices else ())
         seconds = self._clock() - start
+        self._slices = ()
         self.batcher.advance(plan)
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
@@ -179,6 +175,18 @@ class Engine:
 
     def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
         return self.runner.run(plan.slices, self._wishes(plan, result))
+
+    def ready(self, key: Key) -> Ready | None:
+        """How much of a held prompt's KV is in the cache. May be asked while a step runs."""
+        sequence = next(iter(self._jobs.get(key, ())), None)
+        if sequence is None:
+            return None
+        slices, blocks, computed = self._slices, sequence.blocks, sequence.computed
+        piece = next((piece for piece in slices if piece.sequence is sequence), None)
+        if piece is None:
+            return Ready(sequence, blocks, computed, computed, 0)
+        layers = self.runner.cache.mark.value  # read after the slices: never of an older step
+        return Ready(sequence, blocks, piece.start, piece.end, layers)
 
     def _draftable(self) -> list[Sequence]:
         """The sequences that will decode, and may do so several tokens at a time."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from scheduler.errors import HandoffFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from scheduler.batching import Sequence
     from scheduler.errors import BadRequest
     from scheduler.messages import FirstToken, Output
     from scheduler.request import Grammar, Job, TokenIds
-    from workers.engine import Engine, Held, Key, StepResult
+    from workers.engine import Engine, Key, StepResult
+    from workers.held import Held, Ready
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -48,11 +51,13 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._held: dict[Key, asyncio.Future[Held]] = {}
         self._granted: dict[Key, asyncio.Future[Sequence]] = {}
+        self._watching: dict[Key, Callable[[Ready], None]] = {}
+        self._bell: int | None = None  # written to as layers are finished
         self._thread = ThreadPoolExecutor(1, "engine")
 
     async def run(self) -> None:
         """Step while there is work; until cancelled."""
-        try:
+        with self._listening():
             while True:
                 await self._wake.wait()
                 self._wake.clear()
@@ -62,8 +67,34 @@ class EngineLoop:
                 changed = self._catch_up()
                 if self.engine.has_work and (progressed or changed):
                     self._wake.set()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Hear of each layer that a step finishes, if somebody watches; at last end the thread."""
+        loop, (read, bell) = asyncio.get_running_loop(), os.pipe()
+        for descriptor in (read, bell):
+            os.set_blocking(descriptor, False)
+        self._bell = bell
+
+        def heard() -> None:
+            os.read(read, 4096)
+            self._report()
+
+        loop.add_reader(read, heard)
+        try:
+            yield
         finally:
-            self._thread.shutdown(wait=True)
+            self._bell = None
+            self.engine.runner.cache.mark.wake(None)
+            self._thread.shutdown(wait=True)  # a step may ring to its end
+            loop.remove_reader(read)
+            os.close(read)
+            os.close(bell)
+
+    def _report(self) -> None:
+        for key, watch in self._watching.items():
+            if ready := self.engine.ready(key):
+                watch(ready)
 
     async def prepare(self, job: Job) -> None:
         """Do beforehand, beside the steps, what would hold them up. Raises BadRequest."""
@@ -77,16 +108,30 @@ class EngineLoop:
         """Serve a job here; its outputs follow. Raises BadRequest if it can never fit."""
         await self._do(lambda: self.engine.add(job, prompt))
 
-    async def prefill(self, job: Job, prompt: TokenIds) -> Held:
-        """Compute a prompt and its first tokens, and keep the KV until `release`."""
+    async def prefill(
+        self, job: Job, prompt: TokenIds, watch: Callable[[Ready], None] | None = None
+    ) -> Held:
+        """Compute a prompt and its first tokens, and keep the KV until `release`.
+
+        `watch` hears how far it is, layer by layer.
+        """
         key = (job.id, job.epoch)
         future: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
         self._held[key] = future
+        self._watch(key, watch)
         try:
             await self._do(lambda: self.engine.add(job, prompt, hold=True))
             return await future
         finally:
             self._held.pop(key, None)
+            self._watch(key, None)
+
+    def _watch(self, key: Key, watch: Callable[[Ready], None] | None) -> None:
+        if watch:
+            self._watching[key] = watch
+        else:
+            self._watching.pop(key, None)
+        self.engine.runner.cache.mark.wake(self._bell if self._watching else None)
 
     async def reserve(self, job: Job, prompt: TokenIds) -> Sequence:
         """Wait until blocks are held for a KV cache that will arrive."""
@@ -175,6 +220,7 @@ class EngineLoop:
         return not result.idle
 
     async def _publish(self, result: StepResult) -> None:
+        self._report()
         for key, held in result.held.items():
             self._resolve(self._held.get(key), held)
         for key, sequence in result.granted.items():

@@ -175,8 +175,11 @@ class FakeRunner:
             seconds += prefill / self._options.prefill_tps
         if seconds:
             self._sleep(seconds)
+        for layer in range(SHAPE.layers):
+            for piece in slices:
+                self._write(piece, layer)
+            self.cache.mark.reach(layer + 1)
         for piece in slices:
-            self._write(piece)
             if reading := wishes.readings.get(piece.sequence):
                 self._read(piece, reading)
         return [
@@ -190,14 +193,12 @@ class FakeRunner:
         step = self._options.step_ms / 1000
         return Rates(self._options.prefill_tps or 1e6, step or 1e-4)
 
-    def _write(self, piece: Slice) -> None:
+    def _write(self, piece: Slice, layer: int) -> None:
         tokens = piece.tokens
         positions = np.arange(piece.start, piece.start + len(tokens))
         blocks = np.asarray(piece.sequence.blocks)[positions // BLOCK_TOKENS]
-        for layer in range(SHAPE.layers):
-            self.cache.data[layer, :, blocks, positions % BLOCK_TOKENS, 0, 0] = np.asarray(
-                tokens, np.float32
-            )[:, None]
+        values = np.asarray(tokens, np.float32)
+        self.cache.data[layer, :, blocks, positions % BLOCK_TOKENS, 0, 0] = values[:, None]
 
     def _read(self, piece: Slice, reading: Reading) -> None:
         """Scores as `_scores` says; an embedding counts the prompt's tokens modulo 8."""

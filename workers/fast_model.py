@@ -112,7 +112,8 @@ class FastModel:
             first += width
         program.rope(self._qkv, self._angles, heads, cache, self._extras(prefix))
         window = shape.window if number in shape.window_layers else 0
-        program.attention(self._qkv, heads, cache, self._mixed, window)
+        program.mark(self._cache.mark, number + 1)
+        program.attention(self._qkv, heads, cache, self._mixed, window, wait=False)
         program.quantise(self._mixed, self._mixed_acts)
         self._contribute(f"{prefix}o_proj.weight", self._mixed_acts)
 

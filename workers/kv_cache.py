@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kernels.mark import Mark
 from scheduler.models import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ class KvCache:
         self.data = np.zeros(  # zeros are mapped lazily: blocks never used take no memory
             (self.layers, 2, blocks, BLOCK_TOKENS, self.kv_heads, self.head_dim), dtype
         )
+        self._slots = self.data.reshape(self.layers, 2, blocks * BLOCK_TOKENS, -1)  # a token each
+        self.mark = Mark()  # layers that have the tokens of the step that runs
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.data.itemsize
 
     @property
     def dtype(self) -> str:
@@ -38,32 +46,29 @@ class KvCache:
         for source, target in pairs:
             self.data[:, :, target] = self.data[:, :, source]
 
-    def views(self, blocks: list[int], tokens: int, layers: range) -> list[memoryview]:
-        """The first `tokens` tokens of a sequence, as byte views in the order of the wire.
+    def views(self, blocks: list[int], tokens: range, layers: range) -> list[memoryview]:
+        """These tokens of a sequence, as byte views in the order of the wire.
 
         Concatenated they are [layers, 2, tokens, K, E]; a sender reads them, a receiver fills them.
         """
-        width = self.kv_heads * self.head_dim
         runs = list(_runs(blocks, tokens))
         return [
-            self.data[layer, part, first : first + count]
-            .reshape(-1)[: length * width]
-            .view(np.uint8)
-            .data
+            self._slots[layer, part, first:last].reshape(-1).view(np.uint8).data
             for layer in layers
             for part in (0, 1)
-            for first, count, length in runs
+            for first, last in runs
         ]
 
 
-def _runs(blocks: list[int], tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Group neighbouring block numbers: (first block, blocks, tokens) of each run."""
-    start = 0
-    while start < len(blocks) and tokens > 0:
-        end = start + 1
-        while end < len(blocks) and blocks[end] == blocks[end - 1] + 1:
-            end += 1
-        length = min(tokens, (end - start) * BLOCK_TOKENS)
-        yield blocks[start], end - start, length
-        tokens -= length
+def _runs(blocks: list[int], tokens: range) -> Iterator[tuple[int, int]]:
+    """The slots of these tokens, [first, last) of each run of neighbours."""
+    start = tokens.start
+    while start < tokens.stop:
+        index = start // BLOCK_TOKENS
+        last = index + 1
+        while last * BLOCK_TOKENS < tokens.stop and blocks[last] == blocks[last - 1] + 1:
+            last += 1
+        end = min(tokens.stop, last * BLOCK_TOKENS)
+        first = blocks[index] * BLOCK_TOKENS + start % BLOCK_TOKENS
+        yield first, first + end - start
         start = end

@@ -19,6 +19,7 @@ from workers.weights.families import EMBEDDING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kernels.mark import Mark
     from workers.weights.checkpoint import Checkpoint
 
 
@@ -111,11 +112,16 @@ class Model:
 
     @torch.inference_mode()
     def hidden(
-        self, batch: Batch, cache: torch.Tensor, x: torch.Tensor | None = None
+        self,
+        batch: Batch,
+        cache: torch.Tensor,
+        x: torch.Tensor | None = None,
+        mark: Mark | None = None,
     ) -> torch.Tensor:
         """Write the batch's keys and values, and give the last layer's output [T, D].
 
-        `x` [T, D] are the tokens' rows of the embedding, where somebody else keeps that.
+        `x` [T, D] are the tokens' rows of the embedding, where somebody else keeps that. `mark`
+        reaches the number of layers whose keys and values are written.
         """
         shape, eps = self.shape, self.shape.norm_eps
         cos, sin = ops.rope_angles(
@@ -126,9 +132,11 @@ class Model:
             shape.rope_magnitude,
         )
         x = self.embedding[batch.tokens] if x is None else x
-        for layer, kv in zip(self.layers, cache, strict=True):
+        for number, (layer, kv) in enumerate(zip(self.layers, cache, strict=True), 1):
             qkv = ops.rms_norm(x, layer.attention_norm, eps) @ layer.qkv
             attended = self._attention(layer, qkv, cos, sin, kv, batch) @ layer.attention_out
+            if mark:
+                mark.reach(number)
             self._combine(attended)
             x = x + attended
             fed = layer.ffn.forward(ops.rms_norm(x, layer.ffn_norm, eps))

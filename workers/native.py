@@ -41,7 +41,7 @@ class NativeRunner:
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
         batch = make_batch(lay_out(slices))
-        hidden = self.model.hidden(batch, self._cache)
+        hidden = self.model.hidden(batch, self._cache, mark=self.cache.mark)
         if wishes.readings:
             read(slices, hidden.numpy(), self, wishes.readings)
         logits = self.model.logits(hidden[batch.drawn])

@@ -39,7 +39,8 @@ from scheduler.messages import (
 from scheduler.request import Job, Prompt, router_of
 from scheduler.transport import listen
 from workers.engine_loop import EngineLoop
-from workers.kv_transfer import KvReceiver, KvSender
+from workers.kv_receive import KvReceiver
+from workers.kv_send import KvSender
 from workers.membership import Membership
 
 if TYPE_CHECKING:
@@ -251,12 +252,10 @@ class WorkerService:
             self._tell(Failed(question.id, 0, FailureKind.INTERNAL, reason))
 
     async def _hand_over(self, job: Job, prompt: list[int], peer: Peer) -> None:
-        """Reserve there, compute the prompt here, push."""
+        """Reserve there; compute the prompt here and push it meanwhile."""
         try:
             async with self._sender.reserve(job, peer) as lease:
-                held = await self._loop.prefill(job, prompt)
-                if held.firsts:
-                    await lease.push(held)
+                await lease.push(self._loop.prefill(job, prompt, lease.watch))
             self._tell(HandedOver(job.id, job.epoch))
         finally:
             self._loop.release((job.id, job.epoch))

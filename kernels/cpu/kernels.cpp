@@ -7,6 +7,7 @@
 
 #include "formats.h"
 #include "half.h"
+#include "mark.h"
 #define MOTLEY_TEXT_(x) #x
 #define MOTLEY_TEXT(x) MOTLEY_TEXT_(x)
 #define MOTLEY_JOIN_(a, b) a##b
@@ -25,6 +26,7 @@ int units(const Op& op, const Step& step, int rows) {
     case kMatmul: return matmul_units(op.matmul, rows);
     case kAttention: return step.tile_count * op.attention.heads.keys;
     case kSum: return int(op.sum.count / kSummed);
+    case kMark: return 1;
     default: return rows;
   }
 }
@@ -41,6 +43,7 @@ void run(const Op& op, const Step& step, int rows, int first, int last, float* m
       case kAttention: attention(op.attention, step, unit, memory); break;
       case kGather: gather_row(op.gather, step, unit); break;
       case kSum: sum_part(op.sum, unit); break;
+      case kMark: mark(op.mark); break;
     }
 }
 

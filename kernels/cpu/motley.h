@@ -73,8 +73,12 @@ struct GatherOp { const float* in; float* out; int32_t width; };
 // out [count / 2^18] = sums of 2^18 floats of `in` each: reads memory as fast as it can be read.
 struct SumOp { const float* in; float* out; int64_t count; };
 
+// All before it is done: the mark takes this value, and if its descriptor is not -1 a byte goes there.
+struct Mark { int32_t value, descriptor; };
+struct MarkOp { Mark* mark; int32_t value; };
+
 enum OpKind : int32_t {
-  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather, kSum
+  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather, kSum, kMark
 };
 
 struct Op {
@@ -83,7 +87,7 @@ struct Op {
   union {
     EmbedOp embed; AnglesOp angles; NormOp norm; QuantiseOp quantise; SiluOp silu;
     MatmulOp matmul; RopeOp rope; AttentionOp attention; GatherOp gather;
-    SumOp sum;
+    SumOp sum; MarkOp mark;
   };
 };
 

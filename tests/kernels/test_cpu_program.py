@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kernels import dispatch, library
+from kernels.mark import Mark
 from kernels.program import Pool, Program, QkvExtras, Span
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +56,32 @@ def test_pools_run_side_by_side(random_matrix):
     with ThreadPoolExecutor(3) as threads:
         first, *others = threads.map(result, range(3))
     assert all(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_mark_is_reached_in_order_and_rings_once_each(random_matrix, instruction_set, threads):
+    matrix, _ = random_matrix("Q4_1", 512, 512)
+    program, mark = Program(Pool(threads, instruction_set), 1), Mark()
+    x, acts = program.floats(512), program.acts(512)
+    for value in (1, 2, 3):
+        program.norm(x, np.ones(512), 1e-5, acts)
+        program.matmul(matrix, acts, x, add=True)
+        program.mark(mark, value)
+    read, write = os.pipe()
+    mark.wake(write)
+    for _ in range(2):
+        mark.reset()
+        assert mark.value == 0
+        program.run([0], [Span(0, 1, 0, [0])], [])
+        assert (mark.value, len(os.read(read, 100))) == (3, 3)
+    mark.wake(None)
+    mark.reach(4)  # rings no more: the pipe stays empty
+    os.set_blocking(read, False)
+    with pytest.raises(BlockingIOError):
+        os.read(read, 1)
+    assert mark.value == 4
+    os.close(read)
+    os.close(write)
 
 
 def test_a_pool_that_nobody_holds_ends_its_threads(random_matrix):

@@ -300,7 +300,7 @@ async def test_alive():
 class Unroutable(socket.socket):
     """The kernel's word for a network that went away."""
 
-    def send(self, data, *flags):
+    def sendmsg(self, parts):
         raise OSError(113, "No route to host")
 
     def recv(self, size, *flags):
@@ -471,6 +471,7 @@ BROKEN = {
         "sent an unknown message",
     ),
     "a header that is no MessagePack": (PREFIX.pack(MAGIC, 3, 0) + b"\xc1\xc1\xc1", "unknown"),
+    "a word that is no text": (PREFIX.pack(MAGIC, 8, 0) + b"\x81\xa4type\xa1\xf4", "unknown"),
     "a known word with a wrong field": (
         frame(Joined("soon")),  # type: ignore[arg-type]
         "sent an unknown message",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+import numpy as np
 import pytest
 
 from scheduler.errors import HandoffFailed
@@ -22,15 +24,18 @@ from scheduler.messages import (
     Reserved,
 )
 from scheduler.transport import dial, listen
-from workers import kv_transfer
 from workers.engine_loop import EngineLoop
-from workers.kv_transfer import KvReceiver, KvSender
+from workers.fake import FakeOptions, FakeRunner
+from workers.kv_receive import KvReceiver
+from workers.kv_send import KvSender
+from workers.kv_wire import Limits
 
 pytestmark = pytest.mark.asyncio
 
 SECRET = b"of this test"
 PROMPT = list(b"once upon a time there was")
 KEY = ("job", 1)
+LIMITS = Limits(early_bytes=1)
 
 
 class Side:
@@ -65,9 +70,9 @@ class Side:
 class Link:
     """A prefill worker's engine and sender, and a decode worker's engine and receiver."""
 
-    def __init__(self, prefill: Side, decode: Side, fingerprint: str) -> None:
+    def __init__(self, prefill: Side, decode: Side, fingerprint: str, limits: Limits) -> None:
         self.prefill, self.decode = prefill, decode
-        self.sender = KvSender("p", fingerprint, prefill.engine.runner.cache, SECRET)
+        self.sender = KvSender("p", fingerprint, prefill.engine.runner.cache, SECRET, limits)
         self.receiver = KvReceiver("model", decode.engine.runner.cache, decode.loop)
         self.peer: Peer
         self.connections: list = []
@@ -79,8 +84,7 @@ class Link:
     async def hand_over(self, job) -> None:
         try:
             async with self.sender.reserve(job, self.peer) as lease:
-                held = await self.prefill.loop.prefill(job, PROMPT)
-                await lease.push(held)
+                await lease.push(self.prefill.loop.prefill(job, PROMPT, lease.watch))
         finally:
             self.prefill.loop.release((job.id, job.epoch))
 
@@ -91,8 +95,12 @@ class Link:
 @pytest.fixture
 def linked(make_engine):
     @asynccontextmanager
-    async def start(decode_blocks: int = 64, fingerprint: str = "model"):
-        link = Link(Side(make_engine()), Side(make_engine(decode_blocks)), fingerprint)
+    async def start(
+        decode_blocks: int = 64, fingerprint: str = "model", limits=LIMITS, prefill=None
+    ):
+        link = Link(
+            Side(prefill or make_engine()), Side(make_engine(decode_blocks)), fingerprint, limits
+        )
         async with AsyncExitStack() as stack:
             for side in (link.prefill, link.decode):
                 task = asyncio.create_task(side.loop.run())
@@ -139,6 +147,50 @@ async def test_two_workers_give_what_one_gives(linked, make_engine, make_job, ch
         assert said(outputs) == answer(make_engine(), job)
         size = 26 * 2 * 2 * 4  # tokens · layers · key and value · bytes
         assert (link.sender.bytes_sent, link.receiver.bytes_received) == (size, size)
+
+
+class Layered(FakeRunner):
+    """Computes a layer when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(64, FakeOptions())
+        self.permits = threading.Semaphore(0)
+
+    def _write(self, piece, layer):
+        assert self.permits.acquire(timeout=10)
+        super()._write(piece, layer)
+
+
+async def test_a_layer_arrives_while_the_next_one_is_computed(linked, make_engine, job, until):
+    runner = Layered()
+    async with linked(prefill=make_engine(runner=runner)) as link:
+        moving = asyncio.create_task(link.hand_over(job))
+        runner.permits.release()
+        cache = link.decode.engine.runner.cache
+        await until(lambda: np.count_nonzero(cache.data[0]) == 2 * len(PROMPT))
+        assert not cache.data[1].any()
+        assert not link.prefill.outputs
+        runner.permits.release()
+        await moving
+        await link.decode.finished()
+        assert said(link.prefill.outputs + link.decode.outputs) == answer(make_engine(), job)
+
+
+async def test_a_chunk_of_a_prompt_arrives_while_the_next_one_is_computed(
+    linked, make_engine, job, until
+):
+    runner = Layered()
+    async with linked(prefill=make_engine(runner=runner, max_step_tokens=20)) as link:
+        moving = asyncio.create_task(link.hand_over(job))
+        for _ in range(2):
+            runner.permits.release()
+        cache = link.decode.engine.runner.cache
+        await until(lambda: np.count_nonzero(cache.data[1]) == 2 * 20)
+        for _ in range(2):
+            runner.permits.release()
+        await moving
+        await link.decode.finished()
+        assert said(link.prefill.outputs + link.decode.outputs) == answer(make_engine(), job)
 
 
 async def test_an_idle_connection_is_used_again(linked, make_job):
@@ -201,18 +253,16 @@ async def test_nobody_listens(linked, job):
             await link.hand_over(job)
 
 
-async def test_no_blocks_within_the_limit(linked, make_job, job, monkeypatch):
-    monkeypatch.setattr(kv_transfer, "RESERVE_S", 0.05)
-    async with linked(decode_blocks=2) as link:
+async def test_no_blocks_within_the_limit(linked, make_job, job):
+    async with linked(decode_blocks=2, limits=Limits(reserve_s=0.05)) as link:
         await link.decode.loop.reserve(make_job(id="other"), PROMPT)
         with pytest.raises(HandoffFailed, match="TimeoutError"):
             await link.hand_over(job)
         link.decode.loop.release(("other", 1))
 
 
-async def test_a_lease_without_a_commit_runs_out(linked, job, monkeypatch):
-    monkeypatch.setattr(kv_transfer, "LEASE_S", 0.05)
-    async with linked() as link, link.sender.reserve(job, link.peer):
+async def test_a_lease_without_a_commit_runs_out(linked, job):
+    async with linked(limits=Limits(lease_s=0.05)) as link, link.sender.reserve(job, link.peer):
         assert link.decode.engine.keys == [KEY]
         await link.decode.empty()
 
@@ -236,9 +286,8 @@ async def test_an_error_of_the_sender_ends_the_lease(linked, job):
 async def test_the_decode_worker_dies_before_the_push(linked, job):
     async def push_too_late(link: Link) -> None:
         async with link.sender.reserve(job, link.peer) as lease:
-            held = await link.prefill.loop.prefill(job, PROMPT)
             link.connections[0].close()
-            await lease.push(held)
+            await lease.push(link.prefill.loop.prefill(job, PROMPT, lease.watch))
 
     async with linked() as link:
         with pytest.raises(HandoffFailed):
@@ -257,6 +306,18 @@ async def test_a_cancel_at_the_decode_worker_ends_the_hand_over(linked, make_job
         with pytest.raises(HandoffFailed):
             await moving
         assert not link.receiver.cancel(KEY)
+        link.decode.loop.release(("other", 1))
+
+
+async def test_a_prefill_worker_that_dies_in_the_queue_leaves_it(linked, make_job, job, until):
+    async with linked(decode_blocks=3) as link:
+        await link.decode.loop.reserve(make_job(id="other"), PROMPT)
+        connection = await link.dial()
+        await connection.send(Reserve(job, "p", "model", 10.0))
+        await until(lambda: KEY in link.decode.engine.keys)
+        connection.close()
+        await until(lambda: KEY not in link.decode.engine.keys)
+        assert not link.decode.engine.batcher.waiting
         link.decode.loop.release(("other", 1))
 
 
@@ -282,6 +343,8 @@ WRONG = {
     "a commit without the second layer": [(blocks(layers=1), HALF), (COMMIT, 0)],
     "a commit without choices": [(blocks(), 2 * HALF), (Commit("job", 1, ()), 0)],
     "a word out of turn": [(Joined(1.0), 0)],
+    "another job": [(blocks(id="other"), 2 * HALF)],
+    "tokens beyond the last": [(blocks(first_token=1), 2 * HALF)],
 }
 
 

@@ -1,0 +1,230 @@
+"""The prefill worker's end of a KV hand-over: layers leave as they are computed.
+
+    prefill worker                                decode worker
+    Reserve(job)            ───────────────────►  waits until blocks are free
+                            ◄───────────────────  Reserved
+    KvBlocks + raw bytes    ───────────────────►  received into the reserved blocks
+    … as often as layers of the prompt are finished, while the next ones are computed …
+    Commit(first tokens)    ───────────────────►  goes on decoding
+                            ◄───────────────────  Committed, or Again(what is missing or damaged)
+
+One connection carries one hand-over at a time, so its end is the end of the lease: whichever side
+dies, the other frees its blocks at once. Idle connections are kept for the next hand-over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from scheduler.errors import HandoffFailed, ProtocolError
+from scheduler.messages import (
+    Address,
+    Again,
+    Commit,
+    Committed,
+    KvBlocks,
+    KvPart,
+    Refused,
+    Reserve,
+    Reserved,
+)
+from scheduler.transport import Connection, dial
+from workers.kv_wire import CHECKSUMS, Limits, checksum, chunks, seal
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine, Iterator
+    from typing import Any
+
+    from scheduler.messages import Peer
+    from scheduler.request import Job
+    from workers.held import Held, Ready
+    from workers.kv_cache import KvCache
+
+ROUNDS = 3  # commits before a peer that misses something each time is given up
+
+
+class Lease:
+    """Blocks held at the decode worker for one job."""
+
+    def __init__(
+        self, connection: Connection, job: Job, cache: KvCache, kind: str, limits: Limits
+    ) -> None:
+        self.committed = False
+        self.bytes_sent = 0
+        self.bytes_early = 0  # of those, before the prompt was computed
+        self._connection = connection
+        self._job = job
+        self._cache = cache
+        self._kind = kind  # of the checksums; empty: the peer takes whole layers only
+        self._limits = limits
+        self._sent = [0] * cache.layers  # tokens of each layer
+        self._ready: Ready | None = None
+        self._changed = asyncio.Event()
+
+    def watch(self, ready: Ready) -> None:
+        """More of the prompt is computed."""
+        self._ready = ready
+        self._changed.set()
+
+    async def push(self, computing: Coroutine[Any, Any, Held]) -> Held:
+        """Send the KV while it is computed and commit it: the decode worker continues the job.
+
+        If no choice goes on, nothing is committed.
+        """
+        prefill = asyncio.create_task(computing)
+        prefill.add_done_callback(lambda _: self._changed.set())
+        try:
+            while not prefill.done():
+                await self._changed.wait()
+                self._changed.clear()
+                if self._kind and self._ready and not prefill.done():
+                    await self._send_ready(self._ready)
+            held = prefill.result()
+            self.bytes_early = self.bytes_sent
+            if held.firsts:
+                await self._finish(held)
+            return held
+        finally:
+            prefill.cancel()
+            await asyncio.gather(prefill, return_exceptions=True)
+
+    async def _send_ready(self, ready: Ready) -> None:
+        """Send what is computed and was not sent, if it is worth a frame."""
+        parts = list(self._unsent(ready.tokens, ready.end, ready.layers))
+        width = self._cache.token_bytes
+        if sum(part.layers * part.tokens * width for part in parts) < self._limits.early_bytes:
+            return
+        for part in parts:
+            for chunk in chunks(part, width):
+                if not await self._send(chunk, ready.blocks, ready):
+                    return
+                for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
+                    self._sent[layer] = chunk.first_token + chunk.tokens
+
+    def _unsent(self, tokens: int, end: int, layers: int) -> Iterator[KvPart]:
+        """Parts of the KV that has `tokens` tokens of every layer, `end` of the first `layers`."""
+        spans = [(sent, end if layer < layers else tokens) for layer, sent in enumerate(self._sent)]
+        first = 0
+        for (start, stop), group in groupby(spans):
+            count = len(list(group))
+            if start < stop:
+                yield KvPart(first, count, start, stop - start)
+            first += count
+
+    async def _finish(self, held: Held) -> None:
+        """Send the rest and commit; once more what did not arrive."""
+        commit = seal(Commit(self._job.id, self._job.epoch, held.firsts))
+        parts = tuple(self._unsent(held.tokens, held.tokens, 0))
+        for _ in range(ROUNDS):
+            for part in parts:
+                for chunk in chunks(part, self._cache.token_bytes) if self._kind else (part,):
+                    await self._send(chunk, held.blocks)
+            async with asyncio.timeout(self._limits.push_s):
+                await self._connection.send(commit)
+                answer, _ = await self._connection.receive()
+            if not isinstance(answer, Again):
+                break
+            parts = answer.parts
+        if not isinstance(answer, Committed):
+            reason = answer.reason if isinstance(answer, Refused) else type(answer).__name__
+            raise ProtocolError(f"the answer to a commit was: {reason}")
+        self.committed = True
+
+    async def _send(self, part: KvPart, blocks: list[int], ready: Ready | None = None) -> bool:
+        """Send one chunk; False if it is `ready` no more, and was not sent."""
+        cache = self._cache
+        message = KvBlocks(
+            id=self._job.id,
+            epoch=self._job.epoch,
+            first_layer=part.first_layer,
+            layers=part.layers,
+            first_token=part.first_token,
+            tokens=part.tokens,
+            kv_heads=cache.kv_heads,
+            head_dim=cache.head_dim,
+            dtype=cache.dtype,
+            codec="raw",
+        )
+        layers = range(part.first_layer, part.first_layer + part.layers)
+        tokens = range(part.first_token, part.first_token + part.tokens)
+        views = cache.views(blocks, tokens, layers)
+        if self._kind:
+            value = checksum(self._kind, message, views)
+            message = msgspec.structs.replace(message, checksum=value)
+        if ready and not ready.current:
+            return False  # what was summed up may be another's; what changes later, the sum shows
+        async with asyncio.timeout(self._limits.push_s):
+            await self._connection.send(message, views)
+        self.bytes_sent += sum(view.nbytes for view in views)
+        return True
+
+
+class KvSender:
+    """Makes leases at decode workers, and keeps the connections."""
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        cache: KvCache,
+        secret: bytes,
+        limits: Limits = Limits(),  # noqa: B008  # frozen
+    ) -> None:
+        self.bytes_sent = 0
+        self._name = name
+        self._fingerprint = fingerprint
+        self._cache = cache
+        self._secret = secret
+        self._limits = limits
+        self._idle: dict[Address, list[Connection]] = {}
+
+    @asynccontextmanager
+    async def reserve(self, job: Job, peer: Peer) -> AsyncIterator[Lease]:
+        """Hold blocks at the peer while the context is open. Raises HandoffFailed, inside too."""
+        connection: Connection | None = None
+        limits = self._limits
+        try:
+            connection = await self._connect(peer.address)
+            ask = Reserve(job, self._name, self._fingerprint, limits.lease_s, CHECKSUMS)
+            await connection.send(seal(ask))
+            async with asyncio.timeout(limits.reserve_s):
+                reserved = await connection.expect(Reserved)
+            lease = Lease(connection, job, self._cache, reserved.checksum, limits)
+            yield lease
+        except (OSError, TimeoutError, ProtocolError) as error:
+            _close(connection)
+            raise HandoffFailed(f"{peer.name} did not take the KV cache: {error!r}") from error
+        except BaseException:
+            _close(connection)
+            raise
+        self.bytes_sent += lease.bytes_sent
+        if lease.committed:
+            self._idle.setdefault(peer.address, []).append(connection)
+        else:
+            connection.close()  # with it ends the lease
+
+    def close(self) -> None:
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+    async def _connect(self, address: Address) -> Connection:
+        """A kept connection that is still open, else a new one."""
+        kept = self._idle.get(address, [])
+        while kept:
+            connection = kept.pop()
+            if connection.alive:
+                return connection
+            connection.close()
+        return await dial(address.host, address.port, self._secret)
+
+
+def _close(connection: Connection | None) -> None:
+    if connection:
+        connection.close()
