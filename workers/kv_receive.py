@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +14,17 @@ from scheduler.messages import (
     Commit,
     Committed,
     KvBlocks,
-    KvPart,
     Refused,
     Reserve,
     Reserved,
 )
-from workers.kv_wire import checksum, common, intact
+from workers.kv_wire import checksum, common, intact, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.batching import Sequence
-    from scheduler.messages import Wire
+    from scheduler.messages import KvPart, Wire
     from scheduler.transport import Connection
     from workers.engine import Key
     from workers.engine_loop import EngineLoop
@@ -82,13 +80,7 @@ class Arrival:
 
     def missing(self) -> Iterator[KvPart]:
         """What has not arrived whole."""
-        spans = [_gap(whole) for whole in self._whole]
-        first = 0
-        for (start, stop), group in groupby(spans):
-            count = len(list(group))
-            if start < stop:
-                yield KvPart(first, count, start, stop - start)
-            first += count
+        return parts_of(_gap(whole) for whole in self._whole)
 
     def _objection(self, message: KvBlocks) -> str | None:
         """Why this chunk has no place here, or None."""

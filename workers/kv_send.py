@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -34,7 +33,7 @@ from scheduler.messages import (
     Reserved,
 )
 from scheduler.transport import Connection, dial
-from workers.kv_wire import CHECKSUMS, Limits, checksum, chunks, seal
+from workers.kv_wire import CHECKSUMS, Limits, checksum, chunks, parts_of, seal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -109,12 +108,7 @@ class Lease:
     def _unsent(self, tokens: int, end: int, layers: int) -> Iterator[KvPart]:
         """Parts of the KV that has `tokens` tokens of every layer, `end` of the first `layers`."""
         spans = [(sent, end if layer < layers else tokens) for layer, sent in enumerate(self._sent)]
-        first = 0
-        for (start, stop), group in groupby(spans):
-            count = len(list(group))
-            if start < stop:
-                yield KvPart(first, count, start, stop - start)
-            first += count
+        return parts_of(spans)
 
     async def _finish(self, held: Held) -> None:
         """Send the rest and commit; once more what did not arrive."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -71,6 +72,16 @@ def intact(message: Reserve | Commit) -> bool:
 
 def _seal(message: Reserve | Commit) -> int:
     return zlib.crc32(msgspec.msgpack.encode(msgspec.structs.replace(message, seal=None)))
+
+
+def parts_of(spans: Iterable[tuple[int, int]]) -> Iterator[KvPart]:
+    """One span of tokens, [start, stop), for each layer -> parts; empty spans are left out."""
+    first = 0
+    for (start, stop), group in groupby(spans):
+        count = len(list(group))
+        if start < stop:
+            yield KvPart(first, count, start, stop - start)
+        first += count
 
 
 def chunks(part: KvPart, token_bytes: int) -> Iterator[KvPart]:
