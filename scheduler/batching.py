@@ -199,6 +199,12 @@ class Batcher:
         sequence.computed += count
         self._name(sequence, first)
 
+    def restart(self) -> None:
+        """The cache's content is lost: everybody who runs computes anew, oldest first."""
+        for sequence in self.running[::-1]:
+            self._preempt(sequence)
+        self.pool.forget()
+
     def check_integrity(self) -> None:
         """No block is lost: what is not free belongs to a sequence that we know."""
         self.pool.check_integrity()

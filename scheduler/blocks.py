@@ -95,6 +95,13 @@ class BlockPool:
             found.append(block)
         return found
 
+    def forget(self) -> None:
+        """What the blocks contain is lost: none has a name any more."""
+        self._blank += self._idle
+        self._idle.clear()
+        self._names.clear()
+        self._named.clear()
+
     def check_integrity(self) -> None:
         """Every block is held, idle or blank, and names lead back to their blocks."""
         free = [*self._blank, *self._idle]

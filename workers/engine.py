@@ -16,7 +16,7 @@ from scheduler.errors import BadRequest
 from scheduler.messages import FirstToken, Output
 from workers.choice import Choice
 from workers.held import Held, Ready
-from workers.runner import Wishes
+from workers.runner import CacheLost, Wishes
 from workers.sampling import check
 from workers.speculate import Speculator
 
@@ -160,12 +160,17 @@ class Engine:
         self.runner.cache.mark.reset()
         self._slices = plan.slices
         start = self._clock()
-        drawn = iter(self._run(plan, result) if plan.slices else ())
-        seconds = self._clock() - start
-        self._slices = ()
-        self.batcher.advance(plan)
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
+        try:
+            drawn = iter(self._run(plan, result) if plan.slices else ())
+        except CacheLost:
+            self.batcher.restart()
+            return result
+        finally:
+            self._slices = ()
+        seconds = self._clock() - start
+        self.batcher.advance(plan)
         for piece in plan.slices:
             give = self._verify if piece.draft else self._give
             give(piece, list(islice(drawn, piece.draws)), result)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from scheduler.models import ModelShape
     from workers.kv_cache import KvCache
-    from workers.weights.checkpoint import Checkpoint
+    from workers.weights.checkpoint import Weights
 
     Array = np.ndarray[Any, Any]
 
@@ -45,7 +45,7 @@ class FastModel:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         cache: KvCache,
         pool: Pool,
         max_rows: int,

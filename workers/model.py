@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kernels.mark import Mark
-    from workers.weights.checkpoint import Checkpoint
+    from workers.weights.checkpoint import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Model:
     """Weights in memory, and the forward pass over them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, combine: Callable[[torch.Tensor], None] = alone
+        self, checkpoint: Weights, combine: Callable[[torch.Tensor], None] = alone
     ) -> None:
         """`combine` turns a part [T, D] of a layer's output, in place, into the whole."""
         self._combine = combine
@@ -175,11 +175,11 @@ class Model:
         return out.flatten(1)
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _tensor(checkpoint: Weights, name: str) -> torch.Tensor:
     return torch.from_numpy(checkpoint.array(name))
 
 
-def _layer(checkpoint: Checkpoint, number: int) -> Layer:
+def _layer(checkpoint: Weights, number: int) -> Layer:
     """Load one layer; matrices that read the same input become one."""
     shape, prefix = checkpoint.shape, f"model.layers.{number}."
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -48,6 +48,10 @@ class Wishes:
 NO_WISHES = Wishes()
 
 
+class CacheLost(Exception):
+    """A step failed, and the whole cache with it; the runner itself can go on."""
+
+
 class Runner(Protocol):
     """Computes slices: writes their KV into `cache` and draws the tokens that follow them."""
 
@@ -57,6 +61,7 @@ class Runner(Protocol):
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """The draws of each slice, in order: one a choice, then one after each draft token.
 
-        Each is drawn as if the draft before it were right (see Slice.draws).
+        Each is drawn as if the draft before it were right (see Slice.draws). Raises CacheLost where
+        everything is to be computed anew.
         """
         ...

@@ -20,13 +20,10 @@ if TYPE_CHECKING:
     from workers.weights.quantise import Quantize
 
 
-class Checkpoint(Protocol):
-    """A model on disk, its weights named and laid out as Hugging Face does."""
+class Weights(Protocol):
+    """A model's weights, or a part of them, named and laid out as Hugging Face does."""
 
     shape: ModelShape
-    chat_template: str | None  # Jinja source
-    eos_ids: frozenset[int]  # any of them ends an answer
-    special_tokens: dict[str, str]  # what a template may name: bos_token, eos_token, …
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,6 +44,14 @@ class Checkpoint(Protocol):
         Dequantised it equals `array(name)`. Raises KeyError like `array`.
         """
         ...
+
+
+class Checkpoint(Weights, Protocol):
+    """A model on disk."""
+
+    chat_template: str | None  # Jinja source
+    eos_ids: frozenset[int]  # any of them ends an answer
+    special_tokens: dict[str, str]  # what a template may name: bos_token, eos_token, …
 
     def tokenizer(self) -> Tokenizer: ...
 

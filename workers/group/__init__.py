@@ -1,0 +1,1 @@
+"""Groups: ranks on several machines that together are one worker."""

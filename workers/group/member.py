@@ -1,0 +1,187 @@
+"""A rank that is not the first: a process that obeys rank 0, formation after formation."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec.structs import replace
+
+from kernels.program import Span
+from scheduler.errors import ProtocolError, SetupError
+from workers.group.formation import Combine, connect
+from workers.group.links import dial, listener
+from workers.group.part import load_part
+from workers.group.words import (
+    ORDER,
+    TO_RANK,
+    Beat,
+    Broken,
+    Copy,
+    Form,
+    Hello,
+    Leave,
+    Logits,
+    Ready,
+    Refuse,
+    Run,
+    Word,
+)
+from workers.weights.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    import socket
+
+    from scheduler.messages import Address
+    from workers.group.allreduce import Mesh
+    from workers.group.links import Link
+    from workers.group.part import Part
+    from workers.group.words import ToRank
+
+logger = logging.getLogger(__name__)
+
+BEAT_S = 0.5
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemberConfig:
+    """Who this rank is, and where rank 0 listens."""
+
+    name: str
+    leader: Address
+    secret: bytes
+    listen_host: str  # for the links of other ranks
+    advertise_host: str  # how they reach it; empty: as rank 0 sees it
+    threads: int
+    weight: float  # how much it computes, relative to other ranks
+    model: str  # its name
+    path: str  # of the model on this machine; empty: where rank 0 has it
+    pid: int
+
+
+class Control:
+    """The control link, which the heart shares with whoever answers."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._heart.start()
+
+    def say(self, word: Word) -> None:
+        with self._lock:
+            self._link.say(word)
+
+    def hear(self) -> ToRank:
+        return self._link.hear(TO_RANK)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._link.close()
+        self._heart.join()
+
+    def _beat(self) -> None:
+        try:
+            while not self._stop.wait(BEAT_S):
+                self.say(Beat())
+        except OSError:
+            self._link.close()  # whoever hears on it learns of the loss
+
+
+def run_member(config: MemberConfig) -> None:
+    """Serve as a rank for as long as the process lives. Raises SetupError if rank 0 refuses us."""
+    pause = FIRST_PAUSE_S
+    with listener(config.listen_host, 0) as server:
+        while True:
+            try:
+                link = dial(config.leader.host, config.leader.port, config.secret, limit_s=0)
+            except (OSError, ProtocolError) as error:
+                logger.warning("no rank 0 at %s (%s); trying again", config.leader, error)
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            pause = FIRST_PAUSE_S
+            control = Control(link)
+            try:
+                _attend(config, server, control)
+            except (OSError, ProtocolError) as error:
+                logger.warning("rank 0 is lost: %s", error)
+            finally:
+                control.close()
+
+
+def _attend(config: MemberConfig, server: socket.socket, control: Control) -> None:
+    """One membership, until rank 0 is lost."""
+    control.say(
+        Hello(
+            name=config.name,
+            host=config.advertise_host,
+            port=server.getsockname()[1],
+            model=config.model,
+            path=config.path,
+            weight=config.weight,
+            pid=config.pid,
+        )
+    )
+    while True:
+        word = control.hear()
+        if isinstance(word, Refuse):
+            raise SetupError(f"rank 0 refused this rank: {word.reason}")
+        try:
+            _serve(config, server, control, word)
+        except (OSError, ProtocolError) as error:
+            logger.info("formation %d ended: %s", word.epoch, error)
+            control.say(Broken(word.epoch, str(error)))
+
+
+def _serve(config: MemberConfig, server: socket.socket, control: Control, form: Form) -> None:
+    """One formation, until it breaks or rank 0 ends it."""
+    peers = [peer if peer.host else replace(peer, host=config.leader.host) for peer in form.peers]
+    mesh = connect(server, config.secret, form.epoch, form.rank, peers)
+    try:
+        checkpoint = open_checkpoint(Path(config.path or form.path), form.quantize)
+        try:
+            part = load_part(
+                checkpoint,
+                form.share,
+                mode=form.mode,
+                kv_blocks=form.kv_blocks,
+                threads=config.threads,
+                max_rows=form.max_rows,
+                combine=Combine(mesh, form.ways),
+            )
+        finally:
+            checkpoint.close()
+        control.say(Ready(form.epoch))
+        logger.info("rank %d of %d", form.rank, len(form.peers))
+        _obey(mesh, part, checkpoint.shape.hidden)
+    finally:
+        mesh.close()
+
+
+def _obey(mesh: Mesh, part: Part, width: int) -> None:
+    """Do what rank 0 says until it says Leave, or a link breaks."""
+    leader = mesh.links[0]
+    while True:
+        order = leader.hear(ORDER)
+        if isinstance(order, Leave):
+            return
+        if isinstance(order, Copy):
+            part.cache.copy(list(order.pairs))
+            continue
+        x = np.empty((order.rows, width), np.float32)
+        leader.receive_into(x.data.cast("B"))
+        if isinstance(order, Run):
+            spans = [Span(s.first, s.count, s.start, s.blocks) for s in order.spans]
+            _, logits = part.run(x, spans, order.drawn)
+        elif isinstance(order, Logits):
+            logits = part.logits(x)
+        if logits.size:
+            leader.send(np.ascontiguousarray(logits).data.cast("B"))

@@ -1,0 +1,102 @@
+"""One rank's part of a model, ready to compute: rows of the embedding in, its logits out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from kernels.program import Pool, Span
+from workers.fast import KV_DTYPE
+from workers.fast_model import FastModel
+from workers.group.sharded import Sharded
+from workers.kv_cache import KvCache
+from workers.layout import Layout
+from workers.model import Model
+from workers.native import make_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+    from workers.group.partition import Share
+    from workers.weights.checkpoint import Checkpoint
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+    Combine = Callable[[Array], None]
+
+
+class Part(Protocol):
+    """Shapes: T rows of a step, n drawn rows, V_r rows of the vocabulary that this rank holds."""
+
+    cache: KvCache
+
+    def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
+        """x [T, D] -> the last layer's output [T, D], and the drawn rows' logits [n, V_r].
+
+        Both are valid until the next call.
+        """
+        ...
+
+    def logits(self, hidden: Array) -> Array:
+        """[n, D] -> [n, V_r], for at most workers.fast_model.HEAD_ROWS rows."""
+        ...
+
+
+class FastPart:
+    """By the CPU kernels (`fast` mode)."""
+
+    def __init__(
+        self, checkpoint: Sharded, kv_blocks: int, threads: int, max_rows: int, combine: Combine
+    ) -> None:
+        self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
+        self._model = FastModel(checkpoint, self.cache, Pool(threads), max_rows, combine)
+
+    def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
+        model, rows = self._model, len(x)
+        model.x.data[:rows] = x
+        model.program.run([0] * rows, spans, drawn)
+        return model.x.data[:rows], model.drawn_logits.data[: len(drawn)]
+
+    def logits(self, hidden: Array) -> Array:
+        return self._model.logits(hidden)
+
+
+class ExactPart:
+    """By torch in float32 (`exact` mode)."""
+
+    def __init__(self, checkpoint: Sharded, kv_blocks: int, threads: int, combine: Combine) -> None:
+        torch.set_num_threads(threads)
+        self._model = Model(checkpoint, lambda part: combine(part.numpy()))
+        self.cache = KvCache(checkpoint.shape, kv_blocks)
+        self._data = torch.from_numpy(self.cache.data)  # the same memory
+
+    def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
+        batch = make_batch(Layout([0] * len(x), list(spans), list(drawn)))
+        hidden = self._model.hidden(batch, self._data, torch.from_numpy(x))
+        return hidden.numpy(), self._model.logits(hidden[batch.drawn]).numpy()
+
+    def logits(self, hidden: Array) -> Array:
+        return self._model.logits(torch.from_numpy(hidden)).numpy()
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    share: Share,
+    *,
+    mode: str,
+    kv_blocks: int,
+    threads: int,
+    max_rows: int,
+    combine: Combine,
+) -> Part:
+    """`combine` sums a flat float32 array over the ranks, in place."""
+    sharded = Sharded(checkpoint, share)
+
+    def whole(part: Array) -> None:
+        combine(part.reshape(-1))
+
+    if mode == "fast":
+        return FastPart(sharded, kv_blocks, threads, max_rows, whole)
+    return ExactPart(sharded, kv_blocks, threads, whole)

@@ -1,0 +1,238 @@
+"""The runner of a group: rank 0 computes its own part and has the others compute theirs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+
+from kernels.reference import rms_norm
+from scheduler.errors import ProtocolError, SetupError
+from workers.group.formation import Combine, connect
+from workers.group.links import listener
+from workers.group.part import load_part
+from workers.group.partition import partition
+from workers.group.sharded import Embedder
+from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run
+from workers.kv_cache import KvCache
+from workers.layout import lay_out
+from workers.native import make_draws
+from workers.reading import read
+from workers.runner import NO_WISHES, CacheLost
+from workers.sampling import sample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scheduler.batching import Slice
+    from scheduler.models import ModelShape
+    from workers.group.allreduce import Mesh
+    from workers.group.leader import Leader, Member
+    from workers.group.part import Part
+    from workers.group.partition import Share
+    from workers.group.words import Order
+    from workers.runner import Sampled, Wishes
+    from workers.weights.checkpoint import Checkpoint
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+    Ways: TypeAlias = tuple[tuple[int, str], ...]
+
+logger = logging.getLogger(__name__)
+
+SETTLE_S = 10.0  # for the ranks of a broken formation to say so
+LOAD_S = 1800.0  # for every rank to have its share in memory
+ATTEMPTS = 8  # formations in a row that broke before they stood
+ALWAYS = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """How a group computes."""
+
+    mode: Literal["fast", "exact"]
+    quantize: Literal["int4", "int8"] | None
+    model: str  # path
+    kv_blocks: int
+    max_rows: int
+    threads: int  # of rank 0
+    weight: float  # how much rank 0 computes, relative to the others
+    listen_host: str
+    secret: bytes
+    way: str | None = None  # of all allreduces; None: the fastest, by size
+
+
+class GroupCache(KvCache):
+    """What the engine knows of the group's cache: whole heads, though each rank keeps its own."""
+
+    def __init__(self, shape: ModelShape, blocks: int, dtype: str, runner: GroupRunner) -> None:
+        super().__init__(shape, blocks, dtype)  # never touched, so it takes no memory
+        self._runner = runner
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        self._runner.copy(pairs)
+
+
+class GroupRunner:
+    """Runner over the ranks that are there; forms the group anew when one is lost or comes."""
+
+    def __init__(self, leader: Leader, checkpoint: Checkpoint, options: GroupOptions) -> None:
+        self._leader, self._checkpoint, self._options = leader, checkpoint, options
+        self._shape = checkpoint.shape
+        self.vocab = self._shape.vocab
+        dtype = "float16" if options.mode == "fast" else "float32"
+        self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
+        self._embedder = Embedder(checkpoint)
+        self._norm = checkpoint.tensor("model.norm.weight")
+        self._server = listener(options.listen_host, 0)
+        self._epoch = 0
+        self._members: list[Member] = []
+        self._mesh: Mesh
+        self._part: Part
+        self._shares: tuple[Share, ...]
+        self._form()
+
+    @property
+    def ranks(self) -> int:
+        return 1 + len(self._members)
+
+    def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
+        """See Runner.run."""
+        if self._leader.members() != self._members:  # the newcomer gets its share now
+            self._reform("a rank came or went")
+        try:
+            return self._step(slices, wishes)
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        self._reform(reason)
+
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head.final."""
+        return rms_norm(hidden, self._norm, self._shape.norm_eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head.logits."""
+        rows = np.ascontiguousarray(hidden.numpy())
+        self._order(Logits(len(rows)), rows)
+        return self._gather(self._part.logits(rows))
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy KV blocks on every rank. A rank that is lost is noticed by the next step."""
+        if pairs:
+            with suppress(OSError):
+                self._order(Copy(tuple(pairs)))
+            self._part.cache.copy(pairs)
+
+    def close(self) -> None:
+        """The other ranks wait for another rank 0."""
+        self._mesh.close()
+        self._leader.close()
+        self._server.close()
+
+    def _step(self, slices: Sequence[Slice], wishes: Wishes) -> list[Sampled]:
+        layout = lay_out(slices)
+        x = self._embedder.rows(layout.tokens)
+        spans = tuple(RowSpan(s.first, s.count, s.start, list(s.blocks)) for s in layout.spans)
+        self._order(Run(len(x), spans, tuple(layout.drawn)), x)
+        hidden, own = self._part.run(x, layout.spans, layout.drawn)
+        logits = self._gather(own)
+        if wishes.readings:
+            read(slices, torch.from_numpy(hidden), self, wishes.readings)
+        return sample(logits, make_draws(slices, wishes.masks))
+
+    def _order(self, order: Order, x: Array | None = None) -> None:
+        """Tell every rank what to do, with these rows."""
+        for link in self._mesh.links.values():
+            link.say(order)
+            if x is not None:
+                link.send(x.data.cast("B"))
+
+    def _gather(self, own: Array) -> torch.Tensor:
+        """Our logits [n, V_0] and those of the other ranks -> [n, V]."""
+        whole = np.empty((len(own), self.vocab), np.float32)
+        for rank, share in enumerate(self._shares):
+            columns = slice(share.vocab.first, share.vocab.last)
+            part = own
+            if rank and len(own):
+                part = np.empty((len(own), share.vocab.count), np.float32)
+                self._mesh.links[rank].receive_into(part.data.cast("B"))
+            whole[:, columns] = part
+        return torch.from_numpy(whole)
+
+    # ── formations ──────────────────────────────────────────────────────────────────────────────
+
+    def _reform(self, reason: str) -> NoReturn:
+        """Part the ranks and put those who are there together again. Raises CacheLost."""
+        logger.warning("the group forms anew: %s", reason)
+        with suppress(OSError):
+            self._order(Leave())
+        self._mesh.close()
+        self._leader.settle(self._members, self._epoch, SETTLE_S)
+        self._form()
+        raise CacheLost(reason)
+
+    def _form(self) -> None:
+        """Make one worker of all ranks that are there. Raises SetupError when it never stands."""
+        for _ in range(ATTEMPTS):
+            self._epoch += 1
+            self._members = self._leader.members()
+            try:
+                if self._try():
+                    logger.info("a group of %d ranks", self.ranks)
+                    return
+            except (OSError, ProtocolError) as error:
+                logger.warning("formation %d broke: %s", self._epoch, error)
+            self._leader.settle(self._members, self._epoch, SETTLE_S)
+        raise SetupError(f"the group's ranks broke {ATTEMPTS} formations; their logs say why")
+
+    def _try(self) -> bool:
+        """One formation with the members that we know; says whether it stands."""
+        options, members = self._options, self._members
+        weights = [options.weight, *(member.hello.weight for member in members)]
+        self._shares = partition(self._shape, weights)
+        peers = (
+            Peer("rank 0", "", self._server.getsockname()[1]),
+            *(Peer(member.hello.name, member.host, member.hello.port) for member in members),
+        )
+        ways = self._ways(len(peers))
+        for rank, member in enumerate(members, 1):
+            self._leader.tell(member, self._form_of(rank, peers, ways))
+        self._mesh = connect(self._server, options.secret, self._epoch, 0, peers)
+        try:
+            self._part = load_part(
+                self._checkpoint,
+                self._shares[0],
+                mode=options.mode,
+                kv_blocks=options.kv_blocks,
+                threads=options.threads,
+                max_rows=options.max_rows,
+                combine=Combine(self._mesh, ways),
+            )
+            ready = self._leader.all_ready(members, self._epoch, LOAD_S)
+        except BaseException:
+            self._mesh.close()
+            raise
+        if not ready:
+            self._mesh.close()
+        return ready
+
+    def _form_of(self, rank: int, peers: tuple[Peer, ...], ways: Ways) -> Form:
+        options = self._options
+        return Form(
+            epoch=self._epoch,
+            rank=rank,
+            peers=peers,
+            share=self._shares[rank],
+            ways=ways,
+            mode=options.mode,
+            quantize=options.quantize,
+            path=options.model,
+            kv_blocks=options.kv_blocks,
+            max_rows=options.max_rows,
+        )
+
+    def _ways(self, ranks: int) -> Ways:
+        return ((ALWAYS, self._options.way or "direct"),)

@@ -1,0 +1,131 @@
+"""What the ranks of a group say to each other. No logic."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec.msgpack import Decoder
+
+from scheduler.request import TokenIds
+from workers.group.partition import Share
+
+
+class Word(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of everything that is framed."""
+
+
+# ── control link: a rank → rank 0 ───────────────────────────────────────────────────────────────
+
+
+class Hello(Word, frozen=True):
+    """A process offers itself as a rank."""
+
+    name: str  # unique within the group; a rank that comes back keeps it
+    host: str  # where it listens for the links of other ranks; empty: as rank 0 sees it
+    port: int
+    model: str  # its name: ranks of another are refused
+    path: str  # of the model on its own disk, or empty
+    weight: float  # how much it computes, relative to others
+    pid: int
+
+
+class Ready(Word, frozen=True):
+    """The share is in memory and the links stand."""
+
+    epoch: int
+
+
+class Broken(Word, frozen=True):
+    """The rank gave this formation up; it waits for the next."""
+
+    epoch: int
+    reason: str
+
+
+class Beat(Word, frozen=True):
+    """It lives; said every BEAT_S."""
+
+
+# ── control link: rank 0 → a rank ───────────────────────────────────────────────────────────────
+
+
+class Peer(msgspec.Struct, frozen=True):
+    name: str
+    host: str  # empty: where rank 0 listens for members
+    port: int
+
+
+class Form(Word, frozen=True):
+    """Become this rank of the group. A later epoch ends an earlier one."""
+
+    epoch: int
+    rank: int
+    peers: tuple[Peer, ...]  # in the order of ranks
+    share: Share
+    ways: tuple[tuple[int, str], ...]  # (up to so many bytes, the allreduce to use), ascending
+    mode: Literal["fast", "exact"]
+    quantize: Literal["int4", "int8"] | None
+    path: str  # of the model, on rank 0's disk
+    kv_blocks: int
+    max_rows: int
+
+
+class Refuse(Word, frozen=True):
+    """There is no place in the group; the rank ends."""
+
+    reason: str
+
+
+# ── data links ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Introduce(Word, frozen=True):
+    """Said first by whoever dials."""
+
+    epoch: int
+    rank: int
+
+
+class RowSpan(msgspec.Struct, frozen=True, array_like=True):
+    """See kernels.program.Span."""
+
+    first: int
+    count: int
+    start: int
+    blocks: TokenIds
+
+
+class Run(Word, frozen=True):
+    """Rows [T, D] float32 of the embedding follow; the logits of the drawn rows go back."""
+
+    rows: int
+    spans: tuple[RowSpan, ...]
+    drawn: tuple[int, ...]
+
+
+class Logits(Word, frozen=True):
+    """Hidden rows [n, D] float32 follow; their logits go back."""
+
+    rows: int
+
+
+class Copy(Word, frozen=True):
+    """Copy KV blocks, (from, to) each."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+
+class Leave(Word, frozen=True):
+    """The formation ends; wait for the next on the control link."""
+
+
+FromRank: TypeAlias = Ready | Broken | Beat
+ToRank: TypeAlias = Form | Refuse
+Order: TypeAlias = Run | Logits | Copy | Leave
+
+HELLO = Decoder(Hello)
+FROM_RANK: Decoder[FromRank] = Decoder(FromRank)
+TO_RANK: Decoder[ToRank] = Decoder(ToRank)
+INTRODUCE = Decoder(Introduce)
+ORDER: Decoder[Order] = Decoder(Order)
