@@ -21,7 +21,7 @@ from scheduler.simulate_command import add_arguments as add_simulate_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from workers.build import EngineOptions
+    from workers.build import EngineOptions, GroupSpec, Model
 
 logger = logging.getLogger("motley")
 
@@ -42,6 +42,11 @@ examples:
 WORKER_EXAMPLES = """\
 example, on another machine, with what `motley secret` prints on the router's:
   MOTLEY_SECRET=… motley worker smollm2 --role decode --join 192.0.2.7:8100
+
+a group of two machines that share one model; the second joins the first:
+  motley worker smollm2 --join 192.0.2.7:8100 --group g --rank 0 --ranks 2 \\
+      --group-listen 0.0.0.0:8200
+  motley worker smollm2 --join 192.0.2.8:8200 --group g
 """
 
 
@@ -81,7 +86,7 @@ def _serve(options: argparse.Namespace) -> None:
     names = [model.name for model in models]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SetupError(f"two models are called {twice.pop()!r}: write NAME=MODEL for one of them")
-    workers = max(1, len(models) * sum(counts.values()))
+    processes = max(1, len(models) * sum(counts.values()) * options.group_ranks)
     config = RouterConfig(
         http=Address(options.host, options.port),
         cluster=options.cluster,
@@ -89,8 +94,9 @@ def _serve(options: argparse.Namespace) -> None:
         workers=LocalWorkers(
             models=tuple((model.name, model.location) for model in models),
             counts=counts,
-            threads=options.threads or max(1, (os.cpu_count() or 1) // workers),
+            threads=options.threads or max(1, (os.cpu_count() or 1) // processes),
             arguments=_passed_on(options),
+            ranks=options.group_ranks,
         ),
         drain_s=options.drain_s,
     )
@@ -112,7 +118,11 @@ def _worker(options: argparse.Namespace) -> None:
     logger.info("process %d", os.getpid())
     model = find(options.model)
     threads = options.threads or os.cpu_count() or 1
-    engine, rates = build(model, _engine_options(options, threads))
+    if options.group and options.rank != 0:
+        _member(options, model, threads, secret.encode())
+        return
+    group = _group(options, secret.encode()) if options.group else None
+    engine, rates = build(model, _engine_options(options, threads), group)
     config = WorkerConfig(
         name=options.name,
         model=model.name,
@@ -123,6 +133,39 @@ def _worker(options: argparse.Namespace) -> None:
         advertise_host=options.advertise,
     )
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
+
+
+def _group(options: argparse.Namespace, secret: bytes) -> GroupSpec:
+    """The group of which this worker is rank 0."""
+    from workers.build import GroupSpec
+
+    return GroupSpec(
+        listen=options.group_listen,
+        ranks=options.ranks,
+        weight=options.weight,
+        secret=secret,
+        allreduce=options.allreduce,
+    )
+
+
+def _member(options: argparse.Namespace, model: Model, threads: int, secret: bytes) -> None:
+    """A rank of a group that is not the first."""
+    from workers.group.member import MemberConfig
+    from workers.run import run_rank
+
+    config = MemberConfig(
+        name=options.name,
+        leader=options.join,
+        secret=secret,
+        listen_host=options.listen,
+        advertise_host=options.advertise or "",
+        threads=threads,
+        weight=options.weight,
+        model=model.name,
+        path=model.location,
+        pid=os.getpid(),
+    )
+    run_rank(config, child=options.child)
 
 
 def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
@@ -249,6 +292,13 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"where workers join, e.g. 0.0.0.0:{CLUSTER_PORT} (default: this machine only)",
     )
+    command.add_argument(
+        "--group-ranks",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="make each worker a group of N processes that share its model (default 1)",
+    )
     _engine_arguments(command)
 
 
@@ -266,7 +316,36 @@ def _worker_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
     command.add_argument("--advertise", metavar="HOST", help="how other workers reach this one")
     command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    _group_arguments(command)
     _engine_arguments(command)
+
+
+def _group_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "groups", "several processes, on any machines, that together are one worker"
+    )
+    group.add_argument("--group", metavar="NAME", help="be a rank of this group")
+    group.add_argument(
+        "--rank", type=_count, metavar="R", help="0: speak for the group; else leave it out"
+    )
+    group.add_argument(
+        "--ranks", type=_positive, default=1, metavar="N", help="of rank 0: wait for N"
+    )
+    group.add_argument(
+        "--group-listen",
+        type=_address,
+        default=Address("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="of rank 0: where the other ranks join",
+    )
+    group.add_argument(
+        "--weight", type=float, default=1.0, metavar="W", help="share of the work (default 1)"
+    )
+    group.add_argument(
+        "--allreduce",
+        choices=["star", "direct", "two-shot", "ring"],
+        help="of rank 0: how sums travel (default: the fastest, by size)",
+    )
 
 
 def _engine_arguments(command: argparse.ArgumentParser) -> None:
@@ -307,6 +386,12 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _positive(text: str) -> int:
+    if (number := _count(text)) == 0:
+        raise argparse.ArgumentTypeError("one is the least")
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,25 +34,39 @@ class LocalWorkers:
 
     models: tuple[tuple[str, str], ...]
     counts: dict[Role, int]
-    threads: int  # compute threads of each worker
+    threads: int  # compute threads of each worker, or of each rank of one
     arguments: tuple[str, ...]  # further ones of `motley worker`
+    ranks: int = 1  # processes that together are one worker
 
     def specs(self, cluster: Address) -> list[WorkerSpec]:
-        """One spec a worker; `cluster` is where the router listens for them."""
+        """One spec a process; `cluster` is where the router listens for workers."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(cluster.host, cluster.host)
-        common = (
-            *("--join", f"{host}:{cluster.port}", "--listen", cluster.host, "--child"),
-            *("--threads", str(self.threads), *self.arguments),
-        )
-        specs = []
+        common = ("--child", "--threads", str(self.threads), *self.arguments)
+        join = ("--join", f"{host}:{cluster.port}", "--listen", cluster.host)
+        specs: list[WorkerSpec] = []
         for model, location in self.models:
             prefix = f"{model}-" if len(self.models) > 1 else ""
             for role, count in self.counts.items():
                 for number in range(count):
                     name = f"{prefix}{role}-{number}"
-                    arguments = (f"{model}={location}", "--role", role, "--name", name)
-                    specs.append(WorkerSpec(name, (*arguments, *common)))
+                    own = (f"{model}={location}", *common)
+                    first, others = self._ranks(name, own)
+                    arguments = ("--role", role, "--name", name, *join, *first)
+                    specs += [WorkerSpec(name, (*own, *arguments)), *others]
         return specs
+
+    def _ranks(self, name: str, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[WorkerSpec]]:
+        """What a group's first rank is told beside what every worker is, and its other ranks."""
+        if self.ranks == 1:
+            return (), []
+        address = f"127.0.0.1:{_free_port()}"
+        first = ("--rank", "0", "--ranks", str(self.ranks), "--group-listen", address)
+        join = ("--listen", "127.0.0.1", "--join", address, "--group", name)
+        others = [
+            WorkerSpec(rank, (*own, "--name", rank, *join), joins=False)
+            for rank in (f"{name}-rank-{number}" for number in range(1, self.ranks))
+        ]
+        return ("--group", name, *first), others
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ async def run_router(
         )
 
         async def announce() -> None:
-            while not all(members.get(spec.name) for spec in specs):
+            while not all(members.get(spec.name) for spec in specs if spec.joins):
                 await members.changed()
             on_ready(http, [member.join for member in members.of()])
 
@@ -124,3 +139,10 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _free_port() -> int:
+    """One that nobody listens on now; a group's ranks must know it before the first is up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

@@ -20,11 +20,13 @@ from workers.speculate import MOST_ROWS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from scheduler.messages import Rates
+    from scheduler.messages import Address, Rates
+    from scheduler.models import ModelShape
     from workers.runner import Runner
     from workers.weights.checkpoint import Checkpoint
 
 Mode = Literal["fast", "exact"]
+JOIN_S = 120.0  # for the ranks of a group to be there
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,22 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_sequences: int = 64
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of a step: its tokens, and those that are only guessed."""
+        return self.max_step_tokens + MOST_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """A worker of several ranks, of which this process is the first."""
+
+    listen: Address  # where the others join
+    ranks: int  # to begin with
+    weight: float  # how much this rank computes, relative to the others
+    secret: bytes
+    allreduce: str | None = None  # the way of every sum; None: the fastest, by size
+
 
 def find(text: str) -> Model:
     """Understand a model as the operator wrote it, fetching it if need be.
@@ -72,8 +90,13 @@ def find(text: str) -> Model:
     return Model(source.name, str(source.path))
 
 
-def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
-    """Load a model and measure it. Raises SetupError that says what to do."""
+def build(
+    model: Model, options: EngineOptions, group: GroupSpec | None = None
+) -> tuple[Engine, Rates]:
+    """Load a model and measure it; with `group`, over its ranks once they have joined.
+
+    Raises SetupError that says what to do.
+    """
     batcher = Batcher(
         BlockPool(blocks_for(options.kv_tokens)),
         max_step_tokens=options.max_step_tokens,
@@ -85,14 +108,16 @@ def build(model: Model, options: EngineOptions) -> tuple[Engine, Rates]:
         runner = FakeRunner(batcher.pool.size, fake)
         text = FakeText(fake.context)
         return Engine(runner, text, batcher, speculate=options.speculate), runner.rates()
-    return _native(model, options, batcher)
+    return _native(model, options, batcher, group)
 
 
 def _kind(location: str) -> str:
     return location.partition(":")[0]
 
 
-def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Engine, Rates]:
+def _native(
+    model: Model, options: EngineOptions, batcher: Batcher, group: GroupSpec | None
+) -> tuple[Engine, Rates]:
     with _engine_installed():
         from workers.measure import measure
         from workers.text import Text
@@ -101,7 +126,11 @@ def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Eng
     checkpoint = open_checkpoint(Path(model.location), options.quantize)
     try:
         text = Text.from_checkpoint(checkpoint)
-        runner = _runner(checkpoint, options, batcher)
+        mode = _mode(checkpoint.shape, options)
+        if group:
+            runner = _group_runner(model, options, mode, batcher, group)
+        else:
+            runner = _runner(checkpoint, options, mode, batcher)
     finally:
         checkpoint.close()
     rates = measure(runner)
@@ -115,22 +144,53 @@ def _native(model: Model, options: EngineOptions, batcher: Batcher) -> tuple[Eng
     return Engine(runner, text, batcher, speculate=options.speculate), rates
 
 
-def _runner(checkpoint: Checkpoint, options: EngineOptions, batcher: Batcher) -> Runner:
-    """Of the mode that was asked for, or of `exact` where `fast` cannot be."""
+def _mode(shape: ModelShape, options: EngineOptions) -> Mode:
+    """The mode that was asked for, or `exact` where `fast` cannot be."""
     from kernels import dispatch
     from workers.fast_model import objection
 
-    blocks = batcher.pool.size
-    if options.mode == "fast" and dispatch.instruction_sets():
-        if not (reason := objection(checkpoint.shape)):
-            from workers.fast import FastRunner
-
-            rows = options.max_step_tokens + MOST_ROWS
-            return FastRunner(checkpoint, blocks, options.threads, rows)
+    if options.mode == "exact" or not dispatch.instruction_sets():
+        return "exact"
+    if reason := objection(shape):
         logger.warning("this model runs in exact mode, several times slower, since %s", reason)
+        return "exact"
+    return "fast"
+
+
+def _runner(checkpoint: Checkpoint, options: EngineOptions, mode: Mode, batcher: Batcher) -> Runner:
+    blocks = batcher.pool.size
+    if mode == "fast":
+        from workers.fast import FastRunner
+
+        return FastRunner(checkpoint, blocks, options.threads, options.max_rows)
     with _engine_installed():
         from workers.native import NativeRunner  # here: torch takes 190 MB and a second
+
     return NativeRunner(checkpoint, blocks, options.threads)
+
+
+def _group_runner(
+    model: Model, options: EngineOptions, mode: Mode, batcher: Batcher, group: GroupSpec
+) -> Runner:
+    """Over the ranks that join within JOIN_S."""
+    from workers.group.leader import Leader
+    from workers.group.runner import GroupOptions, GroupRunner
+
+    leader = Leader(group.listen.host, group.listen.port, group.secret, model.name)
+    leader.wait_for(group.ranks - 1, JOIN_S)
+    group_options = GroupOptions(
+        mode=mode,
+        quantize=options.quantize,
+        path=model.location,
+        kv_blocks=batcher.pool.size,
+        max_rows=options.max_rows,
+        threads=options.threads,
+        weight=group.weight,
+        listen_host=group.listen.host,
+        secret=group.secret,
+        way=group.allreduce,
+    )
+    return GroupRunner(leader, group_options)
 
 
 @contextmanager

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kernels.program import Pool
 from workers.fast_model import HEAD_ROWS, FastModel
 from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
-from workers.reading import read
+from workers.reading import read, rms_norm
 from workers.runner import NO_WISHES
 from workers.sampling import Sampler
 
@@ -44,10 +42,8 @@ class FastRunner:
         return self._sampler.sample(logits, make_draws(slices, wishes.masks))
 
     def final(self, hidden: Array) -> Array:
-        """See Head.final; the same as kernels.reference.rms_norm."""
-        mean = np.square(hidden).mean(-1, keepdims=True)
-        normed: Array = hidden / np.sqrt(mean + self.model.shape.norm_eps) * self.model.norm
-        return normed
+        """See Head.final."""
+        return rms_norm(hidden, self.model.norm, self.model.shape.norm_eps)
 
     def logits(self, hidden: Array) -> Array:
         """See Head.logits."""

@@ -35,6 +35,13 @@ class Head(Protocol):
         ...
 
 
+def rms_norm(hidden: Array, weight: Array, eps: float) -> Array:
+    """The same as kernels.reference.rms_norm, where torch is not: [n, D] -> [n, D]."""
+    mean = np.square(hidden).mean(-1, keepdims=True)
+    normed: Array = hidden / np.sqrt(mean + eps) * weight
+    return normed
+
+
 def read(
     slices: Iterable[Slice],
     hidden: Array,

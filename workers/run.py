@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from workers.group.member import MemberConfig
     from workers.service import WorkerService
 
 
@@ -28,6 +32,24 @@ async def run_worker(service: WorkerService, stop: asyncio.Event, *, child: bool
         for task in (work, *watches):
             task.cancel()
         await asyncio.gather(work, *watches, return_exceptions=True)
+
+
+def run_rank(config: MemberConfig, *, child: bool) -> None:
+    """Be a rank of a group until the process ends. A `child` also ends with its standard input.
+
+    A rank keeps nothing that others need, so it may end at any moment. Raises SetupError if rank 0
+    refuses it.
+    """
+    from workers.group.member import run_member
+
+    if child:
+        threading.Thread(target=_end_with_input, name="input", daemon=True).start()
+    run_member(config, threading.Event())
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _input_closed() -> None:

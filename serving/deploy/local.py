@@ -34,6 +34,7 @@ class WorkerSpec:
 
     name: str
     arguments: tuple[str, ...]
+    joins: bool = True  # a router; a rank of a group joins that instead
 
 
 @dataclass(slots=True)
@@ -110,7 +111,8 @@ class LocalDeployment:
             await _stop(process)
 
     async def _watch(self, child: _Child) -> None:
-        await self._joined(child.spec.name)
+        if child.spec.joins:
+            await self._joined(child.spec.name)
         child.joined = True
 
 

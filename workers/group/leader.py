@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.links import accept, listener
-from workers.group.words import FROM_RANK, HELLO, Broken, Hello, Ready, Refuse
+from workers.group.words import FROM_RANK, HELLO, Hello, Left, Ready, Refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +33,7 @@ class Member:
     host: str  # how other ranks reach it
     alive: bool = True
     ready: int = 0  # the formation that it said Ready to last
-    broken: int = 0  # the formation that it gave up last
-    reason: str = ""
+    left: int = 0  # the formation that it left last
 
 
 class Leader:
@@ -121,8 +120,8 @@ class Leader:
                 with self._news:
                     if isinstance(word, Ready):
                         member.ready = word.epoch
-                    elif isinstance(word, Broken):
-                        member.broken, member.reason = word.epoch, word.reason
+                    elif isinstance(word, Left):
+                        member.left = word.epoch
                     self._news.notify_all()
         except (OSError, ProtocolError) as error:
             logger.info("rank %s is lost: %r", member.hello.name if member else link, error)
@@ -153,4 +152,4 @@ class Leader:
 
 
 def _gone(member: Member, epoch: int) -> bool:
-    return not member.alive or member.broken >= epoch
+    return not member.alive or member.left >= epoch

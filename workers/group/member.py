@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,11 @@ from workers.group.words import (
     ORDER,
     TO_RANK,
     Beat,
-    Broken,
     Copy,
     Form,
     Hello,
     Leave,
+    Left,
     Logits,
     Ready,
     Refuse,
@@ -95,16 +94,20 @@ class Control:
             self._link.close()  # whoever hears on it learns of the loss
 
 
-def run_member(config: MemberConfig) -> None:
-    """Serve as a rank for as long as the process lives. Raises SetupError if rank 0 refuses us."""
+def run_member(config: MemberConfig, stop: threading.Event) -> None:
+    """Serve as a rank until rank 0 is lost and `stop` is set.
+
+    Raises SetupError if rank 0 refuses us.
+    """
     pause = FIRST_PAUSE_S
     with listener(config.listen_host, 0) as server:
-        while True:
+        while not stop.is_set():
             try:
                 link = dial(config.leader.host, config.leader.port, config.secret, limit_s=0)
             except (OSError, ProtocolError) as error:
-                logger.warning("no rank 0 at %s (%s); trying again", config.leader, error)
-                time.sleep(pause)
+                level = logging.WARNING if pause == LONGEST_PAUSE_S else logging.DEBUG
+                logger.log(level, "no rank 0 yet: %s; trying again", error)
+                stop.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
             pause = FIRST_PAUSE_S
@@ -134,11 +137,13 @@ def _attend(config: MemberConfig, server: socket.socket, control: Control) -> No
         word = control.hear()
         if isinstance(word, Refuse):
             raise SetupError(f"rank 0 refused this rank: {word.reason}")
+        reason = ""
         try:
             _serve(config, server, control, word)
         except (OSError, ProtocolError) as error:
-            logger.info("formation %d ended: %s", word.epoch, error)
-            control.say(Broken(word.epoch, str(error)))
+            reason = str(error)
+            logger.info("formation %d broke: %s", word.epoch, error)
+        control.say(Left(word.epoch, reason))
 
 
 def _serve(config: MemberConfig, server: socket.socket, control: Control, form: Form) -> None:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from kernels.program import Pool, Span
 from workers.fast import KV_DTYPE
 from workers.fast_model import FastModel
 from workers.group.sharded import Sharded
 from workers.kv_cache import KvCache
-from workers.layout import Layout
-from workers.model import Model
-from workers.native import make_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,24 +58,6 @@ class FastPart:
         return self._model.logits(hidden)
 
 
-class ExactPart:
-    """By torch in float32 (`exact` mode)."""
-
-    def __init__(self, checkpoint: Sharded, kv_blocks: int, threads: int, combine: Combine) -> None:
-        torch.set_num_threads(threads)
-        self._model = Model(checkpoint, lambda part: combine(part.numpy()))
-        self.cache = KvCache(checkpoint.shape, kv_blocks)
-        self._data = torch.from_numpy(self.cache.data)  # the same memory
-
-    def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
-        batch = make_batch(Layout([0] * len(x), list(spans), list(drawn)))
-        hidden = self._model.hidden(batch, self._data, torch.from_numpy(x))
-        return hidden.numpy(), self._model.logits(hidden[batch.drawn]).numpy()
-
-    def logits(self, hidden: Array) -> Array:
-        return self._model.logits(torch.from_numpy(hidden)).numpy()
-
-
 def load_part(
     checkpoint: Checkpoint,
     share: Share,
@@ -99,4 +76,6 @@ def load_part(
 
     if mode == "fast":
         return FastPart(sharded, kv_blocks, threads, max_rows, whole)
+    from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
+
     return ExactPart(sharded, kv_blocks, threads, whole)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
-import torch
 
-from kernels.reference import rms_norm
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.formation import Combine, connect
 from workers.group.links import listener
@@ -19,11 +18,11 @@ from workers.group.partition import partition
 from workers.group.sharded import Embedder
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run
 from workers.kv_cache import KvCache
-from workers.layout import lay_out
-from workers.native import make_draws
-from workers.reading import read
+from workers.layout import lay_out, make_draws
+from workers.reading import read, rms_norm
 from workers.runner import NO_WISHES, CacheLost
 from workers.sampling import sample
+from workers.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from workers.group.partition import Share
     from workers.group.words import Order
     from workers.runner import Sampled, Wishes
-    from workers.weights.checkpoint import Checkpoint
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
     Ways: TypeAlias = tuple[tuple[int, str], ...]
@@ -55,7 +53,7 @@ class GroupOptions:
 
     mode: Literal["fast", "exact"]
     quantize: Literal["int4", "int8"] | None
-    model: str  # path
+    path: str  # of the model
     kv_blocks: int
     max_rows: int
     threads: int  # of rank 0
@@ -79,14 +77,16 @@ class GroupCache(KvCache):
 class GroupRunner:
     """Runner over the ranks that are there; forms the group anew when one is lost or comes."""
 
-    def __init__(self, leader: Leader, checkpoint: Checkpoint, options: GroupOptions) -> None:
-        self._leader, self._checkpoint, self._options = leader, checkpoint, options
+    def __init__(self, leader: Leader, options: GroupOptions) -> None:
+        """Raises SetupError when no formation stands."""
+        self._leader, self._options = leader, options
+        checkpoint = self._checkpoint = open_checkpoint(Path(options.path), options.quantize)
         self._shape = checkpoint.shape
         self.vocab = self._shape.vocab
         dtype = "float16" if options.mode == "fast" else "float32"
         self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
         self._embedder = Embedder(checkpoint)
-        self._norm = checkpoint.tensor("model.norm.weight")
+        self._norm = checkpoint.tensor("model.norm.weight").numpy()
         self._server = listener(options.listen_host, 0)
         self._epoch = 0
         self._members: list[Member] = []
@@ -109,13 +109,13 @@ class GroupRunner:
             reason = str(error)
         self._reform(reason)
 
-    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+    def final(self, hidden: Array) -> Array:
         """See Head.final."""
         return rms_norm(hidden, self._norm, self._shape.norm_eps)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Array) -> Array:
         """See Head.logits."""
-        rows = np.ascontiguousarray(hidden.numpy())
+        rows = np.ascontiguousarray(hidden)
         self._order(Logits(len(rows)), rows)
         return self._gather(self._part.logits(rows))
 
@@ -131,6 +131,7 @@ class GroupRunner:
         self._mesh.close()
         self._leader.close()
         self._server.close()
+        self._checkpoint.close()
 
     def _step(self, slices: Sequence[Slice], wishes: Wishes) -> list[Sampled]:
         layout = lay_out(slices)
@@ -140,7 +141,7 @@ class GroupRunner:
         hidden, own = self._part.run(x, layout.spans, layout.drawn)
         logits = self._gather(own)
         if wishes.readings:
-            read(slices, torch.from_numpy(hidden), self, wishes.readings)
+            read(slices, hidden, self, wishes.readings)
         return sample(logits, make_draws(slices, wishes.masks))
 
     def _order(self, order: Order, x: Array | None = None) -> None:
@@ -150,17 +151,17 @@ class GroupRunner:
             if x is not None:
                 link.send(x.data.cast("B"))
 
-    def _gather(self, own: Array) -> torch.Tensor:
+    def _gather(self, own: Array) -> Array:
         """Our logits [n, V_0] and those of the other ranks -> [n, V]."""
         whole = np.empty((len(own), self.vocab), np.float32)
-        for rank, share in enumerate(self._shares):
-            columns = slice(share.vocab.first, share.vocab.last)
-            part = own
-            if rank and len(own):
-                part = np.empty((len(own), share.vocab.count), np.float32)
-                self._mesh.links[rank].receive_into(part.data.cast("B"))
-            whole[:, columns] = part
-        return torch.from_numpy(whole)
+        if not len(own):
+            return whole
+        whole[:, : own.shape[1]] = own
+        for rank, share in enumerate(self._shares[1:], 1):
+            part = np.empty((len(own), share.vocab.count), np.float32)
+            self._mesh.links[rank].receive_into(part.data.cast("B"))
+            whole[:, share.vocab.first : share.vocab.last] = part
+        return whole
 
     # ── formations ──────────────────────────────────────────────────────────────────────────────
 
@@ -229,7 +230,7 @@ class GroupRunner:
             ways=ways,
             mode=options.mode,
             quantize=options.quantize,
-            path=options.model,
+            path=options.path,
             kv_blocks=options.kv_blocks,
             max_rows=options.max_rows,
         )

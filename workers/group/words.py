@@ -36,11 +36,11 @@ class Ready(Word, frozen=True):
     epoch: int
 
 
-class Broken(Word, frozen=True):
-    """The rank gave this formation up; it waits for the next."""
+class Left(Word, frozen=True):
+    """The rank is in this formation no more; it waits for the next."""
 
     epoch: int
-    reason: str
+    reason: str  # what broke it; empty if rank 0 ended it
 
 
 class Beat(Word, frozen=True):
@@ -120,7 +120,7 @@ class Leave(Word, frozen=True):
     """The formation ends; wait for the next on the control link."""
 
 
-FromRank: TypeAlias = Ready | Broken | Beat
+FromRank: TypeAlias = Ready | Left | Beat
 ToRank: TypeAlias = Form | Refuse
 Order: TypeAlias = Run | Logits | Copy | Leave
 

@@ -1,0 +1,284 @@
+"""A group of ranks beside the same model on one: tiny models, real sockets, members as threads."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from scheduler.batching import Batcher, Sequence, Slice
+from scheduler.blocks import BlockPool, blocks_for
+from scheduler.errors import SetupError
+from scheduler.messages import Address
+from scheduler.request import Job, Limits, Prompt, Sampling
+from workers.engine import Engine
+from workers.fake import FakeText
+from workers.fast import FastRunner
+from workers.group.leader import Leader
+from workers.group.member import MemberConfig, run_member
+from workers.group.runner import GroupOptions, GroupRunner
+from workers.native import NativeRunner
+from workers.runner import CacheLost, Reading, Wishes
+from workers.weights.checkpoint import open_checkpoint
+
+SECRET = b"a secret"
+# 4 query heads share 2 kv heads; the widths are those that the kernels take.
+SHAPE = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 320}
+BLOCKS = 12
+
+
+class Group:
+    """Rank 0's leader, and members that can be ended one by one."""
+
+    def __init__(self):
+        self.leader = Leader("127.0.0.1", 0, SECRET, "m")
+        self.stops = {}
+        self.threads = []
+
+    def config(self, name, weight):
+        return MemberConfig(
+            name=name,
+            leader=Address(*self.leader.address),
+            secret=SECRET,
+            listen_host="127.0.0.1",
+            advertise_host="",
+            threads=1,
+            weight=weight,
+            model="m",
+            path="",
+            pid=0,
+        )
+
+    def join(self, name, weight=1.0):
+        stop = self.stops[name] = threading.Event()
+        thread = threading.Thread(target=run_member, args=(self.config(name, weight), stop))
+        thread.start()
+        self.threads.append(thread)
+
+    def lose(self, name):
+        """As if the process had died."""
+        self.stops[name].set()
+        (member,) = [m for m in self.leader.members() if m.hello.name == name]
+        member.control.close()
+
+    def end(self):
+        for stop in self.stops.values():
+            stop.set()
+        self.leader.close()
+        for thread in self.threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def group():
+    made = Group()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def make_runner(group):
+    """Makes the runner of a group: the weights of its ranks, rank 0's first."""
+    runners = []
+
+    def make(folder, weights=(1.0,), **options):
+        for number, weight in enumerate(weights[1:], 1):
+            group.join(f"rank-{number}", weight)
+        group.leader.wait_for(len(weights) - 1, 20)
+        chosen = {"mode": "exact", "quantize": None} | options
+        runners.append(
+            GroupRunner(
+                group.leader,
+                GroupOptions(
+                    path=str(folder),
+                    kv_blocks=BLOCKS,
+                    max_rows=64,
+                    threads=1,
+                    weight=weights[0],
+                    listen_host="127.0.0.1",
+                    secret=SECRET,
+                    **chosen,
+                ),
+            )
+        )
+        return runners[-1]
+
+    yield make
+    for runner in runners:
+        runner.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return tiny_model("Llama", **SHAPE)[1]
+
+
+def job(tokens, **fields):
+    return Job(
+        id="job",
+        epoch=0,
+        model="",
+        prompt=Prompt(ids=tokens),
+        sampling=Sampling(seed=3, **({"temperature": 0.0} | fields)),
+        limits=Limits(max_tokens=20),
+        created=0.0,
+    )
+
+
+def sequence(tokens, **fields):
+    blocks = list(range(blocks_for(len(tokens) + 16)))
+    return Sequence(job(tokens, **fields), 0, list(tokens), len(tokens), 20, blocks=blocks)
+
+
+PROMPT = [7 * i % 300 for i in range(37)]
+
+
+def generate(runner, count=12, **fields):
+    """A prompt in two chunks, then token after token."""
+    s = sequence(PROMPT, **fields)
+    runner.run([Slice(s, 0, 20)])
+    s.tokens.append(runner.run([Slice(s, 20, len(PROMPT))])[0].token)
+    for _ in range(count - 1):
+        s.tokens.append(runner.run([Slice(s, len(s.tokens) - 1, len(s.tokens))])[0].token)
+    return s.tokens[len(PROMPT) :]
+
+
+# ── the same tokens, however the model is cut ───────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (3.0, 1.0), (1, 2, 1), (1, 1, 1, 1)])
+def test_a_group_says_what_one_worker_says(make_runner, folder, weights):
+    alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
+    group = make_runner(folder, weights)
+    assert generate(group) == generate(alone)
+    assert generate(group, temperature=1.0) == generate(alone, temperature=1.0)
+
+
+@pytest.mark.parametrize("way", ["star", "direct", "two-shot", "ring"])
+def test_sums_may_travel_any_way(make_runner, folder, way):
+    alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
+    assert generate(make_runner(folder, (1, 1, 1), way=way)) == generate(alone)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 16}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_any_family_can_be_cut(make_runner, tiny_model, family, config):
+    _, folder = tiny_model(family, **SHAPE, **config)
+    alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
+    assert generate(make_runner(folder, (1, 1, 1))) == generate(alone)
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_fast_parts_hold_the_same_quantised_weights(make_runner, folder, quantize):
+    """Sums are made in another order, so activations round differently, but no worse."""
+    truth = np.array(score(NativeRunner(open_checkpoint(folder, quantize), BLOCKS, 1)))
+    alone = score(FastRunner(open_checkpoint(folder, quantize), BLOCKS, 1, 64))
+    group = score(make_runner(folder, (2, 1), mode="fast", quantize=quantize))
+    assert np.abs(group - truth).mean() < 1.5 * np.abs(alone - truth).mean() < 0.1
+
+
+def score(runner):
+    """Logprobs of a prompt's tokens, which every rank helps to compute."""
+    s = sequence(PROMPT)
+    s.read = True
+    reading = Reading(top=0, embed=True)
+    runner.run([Slice(s, 0, len(PROMPT))], Wishes(readings={s: reading}))
+    assert np.linalg.norm(np.frombuffer(reading.embedding, "<f4")) == pytest.approx(1)
+    return [sampled.logprob for sampled in reading.scores]
+
+
+def test_prompts_are_scored_over_all_ranks(make_runner, folder):
+    alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
+    assert score(make_runner(folder, (1, 1))) == pytest.approx(score(alone), abs=1e-4)
+
+
+def test_blocks_are_copied_on_every_rank(make_runner, folder):
+    runner = make_runner(folder, (1, 1))
+    s = sequence(PROMPT)
+    s.tokens.append(runner.run([Slice(s, 0, len(PROMPT))])[0].token)
+    following = runner.run([Slice(s, len(PROMPT), len(PROMPT) + 1)])
+    pairs = [(block, block + 6) for block in s.blocks]
+    runner.cache.copy(pairs)
+    s.blocks = [target for _, target in pairs]
+    assert runner.run([Slice(s, len(PROMPT), len(PROMPT) + 1)]) == following
+
+
+# ── ranks come and go ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def make_engine(make_runner, folder):
+    def make(weights):
+        runner = make_runner(folder, weights)
+        return Engine(runner, FakeText(200), Batcher(BlockPool(BLOCKS)), speculate=False)
+
+    return make
+
+
+def answer(engine, between=lambda count: None):
+    """A job's tokens; `between` is called with their number after each step."""
+    engine.add(job(PROMPT), PROMPT)
+    ids = []
+    while engine.has_work:
+        for output in engine.step().outputs:
+            ids += output.ids
+        engine.check_integrity()
+        between(len(ids))
+    return ids
+
+
+def test_an_answer_goes_on_when_a_rank_is_lost_in_its_middle(make_engine, group):
+    engine = make_engine((1, 1, 1))
+    unbroken = answer(engine)
+    assert len(unbroken) > 5
+    lost = []
+
+    def lose(count):
+        if count == 4 and not lost:
+            lost.append(group.lose("rank-1"))
+
+    assert answer(engine, lose) == unbroken
+    assert lost
+    assert engine.runner.ranks == 2
+
+
+def test_a_rank_that_comes_joins_without_a_restart(make_engine, group):
+    engine = make_engine((1, 1))
+    unbroken = answer(engine)
+
+    def grow(count):
+        if count == 3 and len(group.stops) == 1:
+            group.join("rank-2")
+            group.leader.wait_for(2, 20)
+
+    assert answer(engine, grow) == unbroken
+    assert engine.runner.ranks == 3
+
+
+def test_a_step_of_a_broken_group_says_that_its_cache_is_lost(make_runner, folder, group):
+    runner = make_runner(folder, (1, 1))
+    group.lose("rank-1")
+    with pytest.raises(CacheLost):
+        generate(runner)
+    assert runner.ranks == 1
+    assert len(generate(runner)) == 12
+
+
+def test_ranks_that_never_come_are_asked_for(group):
+    with pytest.raises(SetupError, match="0 of 2 ranks joined"):
+        group.leader.wait_for(2, 0.01)
+
+
+def test_a_rank_of_another_model_is_refused(group):
+    config = replace(group.config("rank-1", 1.0), model="another")
+    with pytest.raises(SetupError, match="serves m, not another"):
+        run_member(config, threading.Event())
