@@ -21,7 +21,7 @@ from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
 from workers.reading import read, rms_norm
 from workers.runner import NO_WISHES, CacheLost
-from workers.sampling import sample
+from workers.sampling import Sampler
 from workers.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ class GroupRunner:
         dtype = "float16" if options.mode == "fast" else "float32"
         self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
         self._embedder = Embedder(checkpoint)
-        self._norm = checkpoint.tensor("model.norm.weight").numpy()
+        self._norm = checkpoint.array("model.norm.weight")
         self._server = listener(options.listen_host, 0)
+        self._sampler = Sampler()
         self._epoch = 0
         self._members: list[Member] = []
         self._mesh: Mesh
@@ -142,7 +143,7 @@ class GroupRunner:
         logits = self._gather(own)
         if wishes.readings:
             read(slices, hidden, self, wishes.readings)
-        return sample(logits, make_draws(slices, wishes.masks))
+        return self._sampler.sample(logits, make_draws(slices, wishes.masks))
 
     def _order(self, order: Order, x: Array | None = None) -> None:
         """Tell every rank what to do, with these rows."""

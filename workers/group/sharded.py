@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
@@ -12,10 +12,12 @@ from workers.weights import families
 from workers.weights.gguf_header import StoredTensor
 
 if TYPE_CHECKING:
-    import torch
+    import numpy.typing as npt
 
     from workers.group.partition import Range, Share
     from workers.weights.checkpoint import Checkpoint
+
+Array: TypeAlias = "npt.NDArray[np.float32]"
 
 
 class Sharded:
@@ -34,18 +36,18 @@ class Sharded:
         tied = (families.LM_HEAD,) if self.shape.tied_embeddings else ()
         return (*body, *tied)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """See Checkpoint.tensor."""
+    def array(self, name: str) -> Array:
+        """See Weights.array."""
         rows, columns = self._cut(name)
-        tensor = self._whole.tensor(name)
+        array = self._whole.array(name)
         if rows is not None:
-            tensor = tensor[rows.first : rows.last]
+            array = array[rows.first : rows.last]
         if columns is not None:
-            tensor = tensor[:, columns.first : columns.last]
-        return tensor.contiguous()
+            array = array[:, columns.first : columns.last]
+        return np.ascontiguousarray(array)
 
     def stored(self, name: str) -> StoredTensor | None:
-        """See Checkpoint.stored; None too where a cut goes through the middle of a block."""
+        """See Weights.stored; None too where a cut goes through the middle of a block."""
         rows, columns = self._cut(name)
         stored = self._whole.stored(name)
         if stored is None:
@@ -85,9 +87,9 @@ class Embedder:
 
     def __init__(self, whole: Checkpoint) -> None:
         self._stored = whole.stored(families.EMBEDDING)
-        self._table = None if self._stored else whole.tensor(families.EMBEDDING).numpy()
+        self._table = None if self._stored else whole.array(families.EMBEDDING)
 
-    def rows(self, tokens: list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    def rows(self, tokens: list[int]) -> Array:
         """[T] -> [T, D]."""
         if self._table is not None:
             return np.ascontiguousarray(self._table[tokens], np.float32)
