@@ -110,6 +110,61 @@ class MarkOp(Structure):
     _fields_ = (("mark", c_void_p), ("value", c_int32))
 
 
+class RoutingStruct(Structure):
+    _fields_ = (
+        ("experts", c_int32),
+        ("used", c_int32),
+        ("chosen", c_void_p),
+        ("weights", c_void_p),
+        ("place", c_void_p),
+        ("start", c_void_p),
+    )
+
+
+class RouteOp(Structure):
+    _fields_ = (
+        ("in_", c_void_p),
+        ("matrix", c_void_p),
+        ("routing", RoutingStruct),
+        ("width", c_int32),
+        ("eps", c_float),
+        ("sum_to_one", c_int32),
+    )
+
+
+class GroupOp(Structure):
+    _fields_ = (("routing", RoutingStruct),)
+
+
+class SpreadOp(Structure):
+    _fields_ = (
+        ("in_", c_void_p),
+        ("out", c_void_p),
+        ("routing", RoutingStruct),
+        ("width", c_int32),
+    )
+
+
+class ExpertsOp(Structure):
+    _fields_ = (
+        ("matrices", c_void_p),
+        ("in_", c_void_p),
+        ("out", c_void_p),
+        ("routing", RoutingStruct),
+        ("stride", c_int32),
+    )
+
+
+class CombineOp(Structure):
+    _fields_ = (
+        ("in_", c_void_p),
+        ("out", c_void_p),
+        ("routing", RoutingStruct),
+        ("width", c_int32),
+        ("add", c_int32),
+    )
+
+
 class OpUnion(Union):
     _fields_ = (
         ("embed", EmbedOp),
@@ -123,6 +178,11 @@ class OpUnion(Union):
         ("gather", RowsOp),
         ("sum", SumOp),
         ("mark", MarkOp),
+        ("route", RouteOp),
+        ("group", GroupOp),
+        ("spread", SpreadOp),
+        ("experts", ExpertsOp),
+        ("combine", CombineOp),
     )
 
 

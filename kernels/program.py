@@ -4,7 +4,8 @@ The caller describes a model by adding operations in order; kernels/cpu knows no
 of `fast` mode (kernels/reference_quant.py). A row's results are the same whatever rows are computed
 beside it, however its sequence was cut into steps, and on any number of threads.
 
-Shapes: T rows (tokens) of a step, n drawn rows, D hidden, H query heads, K kv heads, E head dim.
+Shapes: T rows (tokens) of a step, n drawn rows, D hidden, F ffn, H query heads, K kv heads, E head
+dim.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kernels import dispatch, library
-from kernels.library import OP_KINDS, OP_STRUCTS, BatchStruct, Heads, KvLayer, MatrixStruct, Op
+from kernels.buffers import Acts, Floats, Routing, aligned
+from kernels.library import (
+    OP_KINDS,
+    OP_STRUCTS,
+    BatchStruct,
+    Heads,
+    KvLayer,
+    MatrixStruct,
+    Op,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +39,6 @@ if TYPE_CHECKING:
 GROUP = 32  # columns that share a scale
 KV_TYPES = {"float32": 0, "float16": 1}
 FORMATS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # as GGUF numbers them
-ALIGNMENT = 64
 
 
 class Matrix:
@@ -49,7 +58,7 @@ class Matrix:
                 f"{blocks.nbytes} bytes are not {outputs} rows of {inputs} weights in {kind}; "
                 f"known are {', '.join(FORMATS)}, in whole blocks"
             )
-        self.data = _aligned(size, np.uint8)
+        self.data = aligned(size, np.uint8)
         lib.motley_pack(number, outputs, inputs, blocks.ctypes.data, self.data.ctypes.data)
         self.struct = MatrixStruct(number, outputs, inputs, self.data.ctypes.data)
 
@@ -99,36 +108,6 @@ class QkvExtras(NamedTuple):
     eps: float = 0.0  # of the norms
 
 
-@dataclass(frozen=True, slots=True)
-class Floats:
-    """A buffer [rows, width] of float32, or columns of one."""
-
-    data: Array
-
-    @property
-    def width(self) -> int:
-        return int(self.data.shape[1])
-
-    @property
-    def pointer(self) -> int:
-        return int(self.data.ctypes.data)
-
-    def columns(self, first: int, last: int) -> Floats:
-        return Floats(self.data[:, first:last])
-
-
-@dataclass(frozen=True, slots=True)
-class Acts:
-    """A buffer [rows, width] of quantised activations."""
-
-    data: Array  # uint8 [rows, width / 32 · 48]
-    width: int
-
-    @property
-    def pointer(self) -> int:
-        return int(self.data.ctypes.data)
-
-
 class Pool:
     """Threads that run programs, one at a time; the caller is one of them."""
 
@@ -159,16 +138,21 @@ class Program:
 
     # Buffers
 
-    def floats(self, width: int) -> Floats:
-        """A new float32 buffer; its memory is taken as rows are first used."""
-        return Floats(_aligned(self.max_rows * width, np.float32).reshape(self.max_rows, width))
+    def floats(self, width: int, copies: int = 1) -> Floats:
+        """A new float32 buffer; its memory is taken as rows are first used.
 
-    def acts(self, width: int) -> Acts:
+        With `copies` it has room for so many of each row.
+        """
+        rows = self.max_rows * copies
+        return Floats(aligned(rows * width, np.float32).reshape(rows, width))
+
+    def acts(self, width: int, copies: int = 1) -> Acts:
         """A new buffer of quantised activations; `width` is a multiple of 32."""
         if width % GROUP:
             raise ValueError(f"{width} columns are not whole groups of {GROUP}")
         size = width // GROUP * ctypes.sizeof(library.Act)
-        return Acts(_aligned(self.max_rows * size, np.uint8).reshape(self.max_rows, size), width)
+        rows = self.max_rows * copies
+        return Acts(aligned(rows * size, np.uint8).reshape(rows, size), width)
 
     # Operations; each waits for those before it unless `wait` is false
 
@@ -199,10 +183,7 @@ class Program:
         self, matrix: Matrix, x: Acts, out: Floats, *, add: bool = False, wait: bool = True
     ) -> None:
         """out = x · matrixᵀ, or += where `add`. `out` may be columns of a wider buffer."""
-        if (matrix.inputs, matrix.outputs) != (x.width, out.width):
-            raise ValueError(
-                f"[{matrix.outputs}, {matrix.inputs}] from {x.width} columns to {out.width}"
-            )
+        _check_widths(matrix, x, out)
         stride = out.data.strides[0] // 4
         fields = (matrix.struct, x.pointer, out.pointer, stride, int(add))
         self._add("matmul", fields, matrix, x, out, wait=wait)
@@ -245,6 +226,48 @@ class Program:
     def gather(self, x: Floats, out: Floats) -> None:
         """out [n, D] = the drawn rows of x [T, D]; what follows works on n rows."""
         self._add("gather", (x.pointer, out.pointer, x.width), x, out)
+
+    def route(
+        self, x: Floats, matrix: Array, eps: float, used: int, *, sum_to_one: bool
+    ) -> Routing:
+        """reference.route of rms_norm(x, norm, eps) · routerᵀ, where matrix is router · norm.
+
+        x [T, D] float32, matrix [experts, D]. It does not wait: what norms x may go beside it.
+        """
+        matrix = np.ascontiguousarray(matrix, np.float32)
+        routing = Routing(self.max_rows, len(matrix), used)
+        fields = (x.pointer, matrix.ctypes.data, routing.struct, x.width, eps, int(sum_to_one))
+        self._add("route", fields, x, matrix, routing, wait=False)
+        return routing
+
+    def spread(self, x: Acts, routing: Routing, out: Acts) -> None:
+        """out [T · used, D] = x's rows [T, D] by expert; what follows works on T · used rows."""
+        self._add("group", (routing.struct,), routing)
+        self._add("spread", (x.pointer, out.pointer, routing.struct, x.width), x, out)
+
+    def expert_matmul(
+        self,
+        matrices: Sequence[Matrix],
+        x: Acts,
+        routing: Routing,
+        out: Floats,
+        *,
+        wait: bool = True,
+    ) -> None:
+        """out = each copy · the matrix of its expert, transposed. See `matmul`."""
+        if len(matrices) != routing.experts:
+            raise ValueError(f"{len(matrices)} matrices for {routing.experts} experts")
+        for matrix in matrices:
+            _check_widths(matrix, x, out)
+        array = (MatrixStruct * len(matrices))(*(matrix.struct for matrix in matrices))
+        stride = out.data.strides[0] // 4
+        fields = (ctypes.addressof(array), x.pointer, out.pointer, routing.struct, stride)
+        self._add("experts", fields, matrices, array, x, out, wait=wait)
+
+    def combine(self, x: Floats, routing: Routing, out: Floats, *, add: bool = False) -> None:
+        """out [T, D] = weighted sums of x [T · used, D], or +=; what follows works on T rows."""
+        fields = (x.pointer, out.pointer, routing.struct, out.width, int(add))
+        self._add("combine", fields, x, out)
 
     def sum(self, values: Array, out: Array) -> None:
         """out = sums of `values`, float32 each, 2^18 at a time: the fastest reading of memory."""
@@ -303,15 +326,14 @@ class Program:
         self._kept.append(kept)
 
 
+def _check_widths(matrix: Matrix, x: Acts, out: Floats) -> None:
+    if (matrix.inputs, matrix.outputs) != (x.width, out.width):
+        raise ValueError(
+            f"[{matrix.outputs}, {matrix.inputs}] from {x.width} columns to {out.width}"
+        )
+
+
 def _kv_layer(cache: Array) -> KvLayer:
     if cache.dtype.name not in KV_TYPES or not cache[0].flags.c_contiguous:
         raise ValueError(f"a layer's cache of {cache.dtype.name}; it is {' or '.join(KV_TYPES)}")
     return KvLayer(KV_TYPES[cache.dtype.name], cache[0].ctypes.data, cache[1].ctypes.data)
-
-
-def _aligned(count: int, dtype: Any) -> Array:
-    """An uninitialised array whose first byte is at the start of a cache line."""
-    size = count * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype)

@@ -7,7 +7,14 @@ kernels/cpu compute the same sums in integers; they differ from these functions 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from kernels.reference import silu_mul
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GROUP = 32
 OUTLIER = 4.0  # times a row's root mean square
@@ -33,3 +40,23 @@ def quantised(x: torch.Tensor) -> torch.Tensor:
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """quantised(x [T, D]) · weightᵀ, with dequantised weights [outputs, D] -> [T, outputs]."""
     return quantised(x) @ weight.t()
+
+
+def experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Weighted sums of the experts that rows chose, by ascending expert (Jiang et al. 2024, §2.1).
+
+    `chosen` and `weights` [T, used] are reference.route's, of logits that no rounding touched. x
+    [T, D], dequantised weights gate_up [2F, D] and down [D, F] of each expert -> [T, D].
+    """
+    out = torch.zeros_like(x)
+    for number in sorted(set(chosen.flatten().tolist())):
+        rows, places = torch.where(chosen == number)
+        y = matmul(silu_mul(matmul(x[rows], gate_up[number])), down[number])
+        out.index_add_(0, rows, y * weights[rows, places, None])
+    return out

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from kernels.program import FORMATS, Acts, Floats, HeadCounts, Matrix, Pool, Program, QkvExtras
+from kernels.program import FORMATS, HeadCounts, Matrix, Pool, Program, QkvExtras
 from workers.weights.families import EMBEDDING
 from workers.weights.quantise import quantise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kernels.buffers import Acts, Floats
     from scheduler.models import ModelShape
     from workers.kv_cache import KvCache
     from workers.weights.checkpoint import Weights
@@ -29,9 +30,12 @@ HEAD_ROWS = 16  # hidden rows that `FastModel.logits` takes at a time
 
 def objection(shape: ModelShape) -> str | None:
     """Why this model cannot run in `fast` mode, or None."""
-    if shape.experts:
-        return "it has experts"
-    if any(width % 32 for width in (shape.hidden, shape.heads * shape.head_dim, shape.ffn)):
+    widths = [shape.hidden, shape.heads * shape.head_dim]
+    if shape.expert_layers:
+        widths.append(shape.expert_ffn)
+    if len(shape.expert_layers) < shape.layers:
+        widths.append(shape.ffn)
+    if any(width % 32 for width in widths):
         return "its widths are not multiples of 32"
     return None
 
@@ -69,8 +73,11 @@ class FastModel:
         self._qkv = program.floats((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
         self._mixed = program.floats(shape.heads * shape.head_dim)
         self._mixed_acts = program.acts(shape.heads * shape.head_dim)
-        self._gate_up = program.floats(2 * shape.ffn)
-        self._inner = program.acts(shape.ffn)
+        if len(shape.expert_layers) < shape.layers:
+            self._gate_up = program.floats(2 * shape.ffn)
+            self._inner = program.acts(shape.ffn)
+        if shape.expert_layers:
+            self._expert_buffers(shape.experts_used)
         self._part = program.floats(shape.hidden)  # takes no memory until it is used
         if combine is None:
             tied = shape.tied_embeddings
@@ -78,7 +85,9 @@ class FastModel:
         program.angles(_frequencies(shape), self._angles, shape.rope_magnitude)
         for number in range(shape.layers):
             self._attention(number)
-            self._feed_forward(number)
+            self._normalise(number, "post_attention_layernorm")
+            feed_forward = self._experts if number in shape.expert_layers else self._feed_forward
+            feed_forward(f"model.layers.{number}.")
         drawn = program.floats(shape.hidden)
         program.gather(self.x, drawn)
         self.drawn_logits = self._say(program, drawn, self._normed)
@@ -117,16 +126,57 @@ class FastModel:
         program.quantise(self._mixed, self._mixed_acts)
         self._contribute(f"{prefix}o_proj.weight", self._mixed_acts)
 
-    def _feed_forward(self, number: int) -> None:
+    def _feed_forward(self, layer: str) -> None:
         """x += down(silu(gate) · up) of norm(x)."""
         program, ffn = self.program, self.shape.ffn
-        prefix = f"model.layers.{number}.mlp."
-        self._normalise(number, "post_attention_layernorm")
+        prefix = f"{layer}mlp."
         gate, up = self._gate_up.columns(0, ffn), self._gate_up.columns(ffn, 2 * ffn)
         program.matmul(self._matrix(f"{prefix}gate_proj.weight"), self._normed, gate)
         program.matmul(self._matrix(f"{prefix}up_proj.weight"), self._normed, up, wait=False)
         program.silu_mul(self._gate_up, self._inner)
         self._contribute(f"{prefix}down_proj.weight", self._inner)
+
+    def _expert_buffers(self, used: int) -> None:
+        """Of all layers with experts: room for `used` copies of each row."""
+        shape, program = self.shape, self.program
+        self._copies = program.acts(shape.hidden, used)
+        self._expert_gate_up = program.floats(2 * shape.expert_ffn, used)
+        self._expert_inner = program.acts(shape.expert_ffn, used)
+        self._expert_out = program.floats(shape.hidden, used)
+
+    def _experts(self, layer: str) -> None:
+        """x += the weighted sum of what the chosen experts make of norm(x).
+
+        The router reads x unrounded: who is chosen is not left to rounding.
+        """
+        shape, program, ffn = self.shape, self.program, self.shape.expert_ffn
+        norm = self._vector(f"{layer}post_attention_layernorm.weight")
+        router = self._vector(f"{layer}mlp.gate.weight") * norm
+        routing = program.route(
+            self.x,
+            router,
+            shape.norm_eps,
+            shape.experts_used,
+            sum_to_one=shape.expert_weights_sum_to_one,
+        )
+        program.spread(self._normed, routing, self._copies)
+        gate_up = self._expert_gate_up
+        gate, up = gate_up.columns(0, ffn), gate_up.columns(ffn, 2 * ffn)
+        program.expert_matmul(self._each(layer, "gate_proj"), self._copies, routing, gate)
+        program.expert_matmul(self._each(layer, "up_proj"), self._copies, routing, up, wait=False)
+        program.silu_mul(gate_up, self._expert_inner)
+        down = self._each(layer, "down_proj")
+        program.expert_matmul(down, self._expert_inner, routing, self._expert_out)
+        if self._combine is None:
+            program.combine(self._expert_out, routing, self.x, add=True)
+        else:
+            program.combine(self._expert_out, routing, self._part)
+            program.call(self._add_parts)
+
+    def _each(self, layer: str, name: str) -> list[Matrix]:
+        """A matrix of every expert."""
+        experts = range(self.shape.experts)
+        return [self._matrix(f"{layer}mlp.experts.{expert}.{name}.weight") for expert in experts]
 
     def _contribute(self, name: str, acts: Acts) -> None:
         """x += matrix · acts, of all parts of the model."""

@@ -2,6 +2,7 @@
 // namespace of its own, so that no other build's code can take its place when linking.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -17,6 +18,7 @@
 #include "rows.h"
 #include "attention.h"
 #include "embed.h"
+#include "experts.h"
 
 namespace motley::ISA {
 namespace {
@@ -27,11 +29,14 @@ int units(const Op& op, const Step& step, int rows) {
     case kAttention: return step.tile_count * op.attention.heads.keys;
     case kSum: return int(op.sum.count / kSummed);
     case kMark: return 1;
+    case kGroupRows: return 1;
+    case kExperts: return expert_units(op.experts);
     default: return rows;
   }
 }
 
 void run(const Op& op, const Step& step, int rows, int first, int last, float* memory) {
+  if (op.kind == kExperts) return expert_products(op.experts, first, last);
   for (int unit = first; unit < last; ++unit) switch (op.kind) {
       case kEmbed: embed_row(op.embed, step, unit); break;
       case kAngles: angles_row(op.angles, step, unit); break;
@@ -44,10 +49,15 @@ void run(const Op& op, const Step& step, int rows, int first, int last, float* m
       case kGather: gather_row(op.gather, step, unit); break;
       case kSum: sum_part(op.sum, unit); break;
       case kMark: mark(op.mark); break;
+      case kRoute: route_row(op.route, unit, memory); break;
+      case kGroupRows: group_rows(op.group, rows); break;
+      case kSpread: spread_row(op.spread, unit); break;
+      case kCombine: combine_row(op.combine, unit); break;
     }
 }
 
 int64_t workplace(const Op& op) {
+  if (op.kind == kRoute) return route_floats(op.route);
   return op.kind == kAttention ? attention_floats(op.attention) : 0;
 }
 

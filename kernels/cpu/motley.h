@@ -70,6 +70,35 @@ struct AttentionOp { const float* qkv; float* out; Heads heads; KvLayer cache; i
 // out [n, width] = the drawn rows of in; the operations that follow work on n rows.
 struct GatherOp { const float* in; float* out; int32_t width; };
 
+// Which experts the T rows of a step go to. Copies of the rows are grouped by expert: those of expert
+// e are rows start[e] .. start[e + 1]. Each operation on experts of a layer has the same arrays, and
+// every layer its own: a thread that is late still counts parts of one when another has its turn.
+struct Routing {
+  int32_t experts, used;
+  int32_t* chosen;  // [T, used] ascending
+  float* weights;   // [T, used]
+  int32_t* place;   // [T, used] the rows of the copies
+  int32_t* start;   // [experts + 1]
+};
+// The `used` largest of softmax(in / sqrt(mean(in²) + eps) · matrixᵀ), over their sum if
+// `sum_to_one`; matrix [experts, width], with the norm's weights multiplied into it.
+struct RouteOp {
+  const float *in, *matrix;
+  Routing routing;
+  int32_t width;
+  float eps;
+  int32_t sum_to_one;
+};
+// Places and starts of what was chosen.
+struct GroupOp { Routing routing; };
+// out [T · used, width] = the copies of in; the operations that follow work on T · used rows.
+struct SpreadOp { const Act* in; Act* out; Routing routing; int32_t width; };
+// Rows of `out`, `stride` apart = in · the matrix of their expert, transposed; matrices [experts].
+struct ExpertsOp { const Matrix* matrices; const Act* in; float* out; Routing routing; int32_t stride; };
+// out [T, width] = weighted sums of each row's copies, by ascending expert, or += where `add`; the
+// operations that follow work on T rows.
+struct CombineOp { const float* in; float* out; Routing routing; int32_t width, add; };
+
 // out [count / 2^18] = sums of 2^18 floats of `in` each: reads memory as fast as it can be read.
 struct SumOp { const float* in; float* out; int64_t count; };
 
@@ -78,7 +107,8 @@ struct Mark { int32_t value, descriptor; };
 struct MarkOp { Mark* mark; int32_t value; };
 
 enum OpKind : int32_t {
-  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather, kSum, kMark
+  kEmbed, kAngles, kNorm, kQuantise, kSilu, kMatmul, kRope, kAttention, kGather, kSum, kMark,
+  kRoute, kGroupRows, kSpread, kExperts, kCombine
 };
 
 struct Op {
@@ -88,6 +118,7 @@ struct Op {
     EmbedOp embed; AnglesOp angles; NormOp norm; QuantiseOp quantise; SiluOp silu;
     MatmulOp matmul; RopeOp rope; AttentionOp attention; GatherOp gather;
     SumOp sum; MarkOp mark;
+    RouteOp route; GroupOp group; SpreadOp spread; ExpertsOp experts; CombineOp combine;
   };
 };
 

@@ -129,6 +129,8 @@ void Pool::walk(int thread) {
     if (op.wait)
       for (; waited < i; ++waited) await(progress[waited], units[size_t(waited)]);
     if (op.kind == kGather) rows = step.batch->drawn;
+    if (op.kind == kSpread) rows *= op.spread.routing.used;
+    if (op.kind == kCombine) rows /= op.combine.routing.used;
     units[size_t(i)] = kernels->units(op, step, rows);
     work(op, progress[i], rows, units[size_t(i)], memory[size_t(thread)].data);
   }

@@ -114,6 +114,33 @@ void attention(Pool* pool, Results& all, KvType type, int dim) {
   keep(all, type == kFloat16 ? "attention float16" : "attention float32", out);
 }
 
+void experts(Pool* pool, Results& all) {
+  constexpr int rows = 9, width = 96, count = 5, used = 2;
+  const auto in = numbers(rows * width), ones = std::vector<float>(width, 1), router = numbers(count * width);
+  std::vector<std::vector<uint8_t>> packed;
+  std::vector<Matrix> matrices;
+  for (int e = 0; e < count; ++e) {
+    const auto blocks = random_blocks(width, width, 32, 34, 0, false);
+    packed.emplace_back(size_t(motley_packed_bytes(kQ8_0, width, width)));
+    motley_pack(kQ8_0, width, width, blocks.data(), packed.back().data());
+    matrices.push_back({kQ8_0, width, width, packed.back().data()});
+  }
+  std::vector<int32_t> chosen(rows * used), place(rows * used), start(count + 1);
+  std::vector<float> weights(rows * used), products(rows * used * width, NAN), out(rows * width, NAN);
+  std::vector<Act> acts(rows * width / kGroup), copies(used * acts.size());
+  const Routing routing = {count, used, chosen.data(), weights.data(), place.data(), start.data()};
+  Op quantise = make(kQuantise), route = make(kRoute), group = make(kGroupRows);
+  Op spread = make(kSpread), product = make(kExperts), combine = make(kCombine);
+  quantise.quantise = {in.data(), acts.data(), width};
+  route.route = {in.data(), router.data(), routing, width, 1e-5f, 1};
+  group.group = {routing};
+  spread.spread = {acts.data(), copies.data(), routing, width};
+  product.experts = {matrices.data(), copies.data(), products.data(), routing, width};
+  combine.combine = {products.data(), out.data(), routing, width, 0};
+  run(pool, {quantise, route, group, spread, product, combine}, rows, 0);
+  keep(all, "experts", out);
+}
+
 Results results(const char* set) {
   generator.seed(7);
   Results all;
@@ -123,6 +150,7 @@ Results results(const char* set) {
   row_operations(pool, all);
   attention(pool, all, kFloat32, 64);
   attention(pool, all, kFloat16, 20);
+  experts(pool, all);
   motley_pool_free(pool);
   return all;
 }

@@ -74,13 +74,13 @@ def run():
         program = Program(pool, rows)
         floats, acts = program.floats, program.acts
 
-        def poisoned_floats(width):
-            buffer = floats(width)
+        def poisoned_floats(*width):
+            buffer = floats(*width)
             buffer.data[:] = np.nan
             return buffer
 
-        def poisoned_acts(width):
-            buffer = acts(width)
+        def poisoned_acts(*width):
+            buffer = acts(*width)
             buffer.data[:] = 0xFF
             return buffer
 

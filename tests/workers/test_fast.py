@@ -44,6 +44,7 @@ kernels = pytest.mark.skipif(
 
 REPOSITORY = Path(__file__).parents[2]
 SAYING = list(b"the more it snows the more it goes the more it goes on snowing. ")
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 24}
 PROMPTS = [
     SAYING * 2 + list(b"the more"),
     SAYING[:1],
@@ -81,9 +82,10 @@ def folder(tiny_model):
     return make
 
 
-@pytest.fixture(scope="module")
-def tiny(folder):
-    return open_checkpoint(folder("Qwen3", vocab_size=256, head_dim=24))
+@pytest.fixture(scope="module", params=["Qwen3", "Qwen3Moe"])
+def tiny(folder, request):
+    config = MOE if request.param == "Qwen3Moe" else {"head_dim": 24}
+    return open_checkpoint(folder(request.param, vocab_size=256, **config))
 
 
 @pytest.fixture
@@ -242,7 +244,10 @@ def built(path, **options):
     ("family", "config", "why"),
     [
         ("Llama", {}, None),
-        ("Mixtral", {"num_local_experts": 4, "sliding_window": None}, "it has experts"),
+        ("Mixtral", {"num_local_experts": 4}, None),
+        ("Qwen3Moe", {**MOE, "intermediate_size": 100}, None),  # no layer has this width
+        ("Qwen3Moe", {**MOE, "intermediate_size": 100, "mlp_only_layers": [1]}, "multiples of 32"),
+        ("Qwen3Moe", {**MOE, "moe_intermediate_size": 40}, "multiples of 32"),
         ("Llama", {"intermediate_size": 100}, "multiples of 32"),
         ("Qwen3", {"head_dim": 20}, "multiples of 32"),
     ],
