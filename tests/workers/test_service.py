@@ -157,15 +157,21 @@ async def test_a_cancel_frees_and_the_worker_goes_on(worker, make_job):
         assert load.cancel_steps_max <= 1
 
 
+async def crowd(connection, service, make_job):
+    """Twelve long prompts whose ids come back on a link that takes little; gives the membership."""
+    (member,) = service._memberships
+    member._connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    for number in range(12):
+        await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
+    return member
+
+
 async def test_a_cancel_while_its_words_are_on_the_way_does_not_cut_them(worker, make_job, until):
     """The router reads slowly: the words of a cancelled job are still whole, and others follow."""
     async with worker(blocks=20_000) as (router, connection, service):
         await router.hear(connection, Load)
-        (member,) = service._memberships
-        member._connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        for number in range(12):
-            await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
+        member = await crowd(connection, service, make_job)
         await until(lambda: member._outbox.qsize() >= 3)  # more than the kernel takes
         for number in range(12):
             await connection.send(Cancel(f"{number}", 1))
@@ -180,11 +186,7 @@ async def test_a_router_that_does_not_listen_is_left_before_its_words_pile_up(
     monkeypatch.setattr(membership, "OUTBOX", 3)
     async with worker(blocks=20_000) as (router, connection, service):
         await router.hear(connection, Load)
-        (member,) = service._memberships
-        member._connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        for number in range(12):
-            await connection.send(Submit(make_job(id=f"{number}", ids=[1] * 200_000)))
+        await crowd(connection, service, make_job)
         again = await router.connections.get()
         assert "does not listen" in caplog.text
         await again.send(Submit(make_job("abc", id="last")))
