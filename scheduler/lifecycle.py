@@ -1,18 +1,25 @@
 """One prompt's life, from the router's side: events in, instructions out.
 
-    placing ──routed──► placed ──accepted, outputs──► every choice finished
-       ▲                  │
-       └── worker lost, hand-over failed, worker's own error ──┘
+An *attempt* puts some choices of the prompt on one route; it passes these phases,
 
-A *generation* is one prompt with its choices. An *attempt* puts some of its choices on one route;
-its epoch makes it unlike every other attempt, so that words about an old one are ignored. When an
-attempt breaks, each choice that had begun is replayed by itself (prompt + emitted ids), those that
-had not begun stay together. The *ledger* is what makes a replay possible: no token is given to
-the client twice and none is left out, whoever computed it.
+    queued ── routed ──► prefilling ── first token ──► staged ── handed over ──► decoding
+                              └────────── first token, on one worker ───────────────┘
+
+and ends when all its choices have finished, or when a worker is lost or gives up: then each choice
+that had begun is replayed by itself (prompt + emitted ids), those that had not begun together, in
+new attempts. An attempt's epoch makes it unlike every other, so that words about an old one are
+ignored. The KV cache has one owner at any time: the prefill worker until the decode worker speaks
+or the hand-over is confirmed. Whoever may hold something is in the attempt's `workers`, and every
+way out cancels it there; the lease that a decode worker gives ends by itself as well.
+
+A *generation* is the prompt with all its attempts. It ends once: finished, refused or cancelled.
+The *ledger* is what makes a replay possible: no token is given to the client twice and none is left
+out, whoever computed it.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,7 +34,21 @@ if TYPE_CHECKING:
 
     from scheduler.routing import Route
 
-MAX_ATTEMPTS = 5  # of one choice; after that something other than bad luck is at work
+FRUITLESS = 5  # attempts in a row that give no token: something other than bad luck is at work
+MOST_ATTEMPTS = 50  # of one choice, were each to give a token and then kill its worker
+
+
+class Phase(enum.StrEnum):
+    QUEUED = "queued"  # no route yet: nobody holds anything
+    PREFILLING = "prefilling"  # at the decode worker room may be reserved
+    STAGED = "staged"  # the first token is out, the KV cache on its way
+    DECODING = "decoding"
+
+
+class Outcome(enum.StrEnum):
+    FINISHED = "finished"
+    REFUSED = "refused"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +107,31 @@ class Ledger:
 class Attempt:
     choices: tuple[int, ...]
     number: int  # 1 for the first
-    workers: set[str] = field(default_factory=set)  # who hold something of it now
+    fruitless: int  # attempts in a row without a token for the client, this one included
+    begin: int  # position of the first token that it gives
+    phase: Phase = Phase.QUEUED
+    prefill: str = ""
+    decode: str = ""  # the same worker where the route is not split
+    workers: set[str] = field(default_factory=set)  # who may hold something of it now
+
+    @property
+    def owner(self) -> str | None:
+        """The worker that answers for the KV cache."""
+        if self.phase is Phase.QUEUED:
+            return None
+        return self.decode if self.phase is Phase.DECODING else self.prefill
+
+    def place(self, route: Route) -> None:
+        self.phase, self.prefill = Phase.PREFILLING, route.worker
+        self.decode = route.handoff.name if route.handoff else route.worker
+        self.workers = {self.prefill, self.decode}
+
+    def gave(self, position: int) -> None:
+        """A token of this position came: only the decode worker gives any but the first."""
+        if position > self.begin or self.prefill == self.decode:
+            self.phase = Phase.DECODING
+        elif self.phase is Phase.PREFILLING:
+            self.phase = Phase.STAGED
 
 
 class Generation:
@@ -97,25 +142,29 @@ class Generation:
         self.ledgers = {choice: Ledger() for choice in job.choices}
         self.attempts: dict[int, Attempt] = {}
         self.started = False
-        self.ended = False
+        self.outcome: Outcome | None = None
         self._epoch = job.epoch
         self._avoid: set[str] = set()
         self._split = True
 
+    @property
+    def ended(self) -> bool:
+        return self.outcome is not None
+
     def start(self) -> list[Instruction]:
-        return [self._attempt(self.job.choices, number=1)]
+        return [self._attempt(self.job.choices, number=1, fruitless=1)]
 
     def routed(self, epoch: int, route: Route) -> list[Instruction]:
         """The shell found a route for this attempt."""
         if epoch not in self.attempts:
             return []
         attempt = self.attempts[epoch]
-        attempt.workers = {route.worker} | ({route.handoff.name} if route.handoff else set())
+        attempt.place(route)
         return [Send(route.worker, Submit(self._job(epoch, attempt), route.handoff))]
 
     def unroutable(self, epoch: int, error: MotleyError) -> list[Instruction]:
         """The shell found none, and will not."""
-        return self._end(error) if epoch in self.attempts else []
+        return self._end(Outcome.REFUSED, error) if epoch in self.attempts else []
 
     def accepted(self, epoch: int, prompt_ids: TokenIds) -> list[Instruction]:
         """A worker tokenised the prompt: from here on the ids are the prompt."""
@@ -131,6 +180,7 @@ class Generation:
         if attempt is None or output.choice not in attempt.choices:
             return []
         ledger = self.ledgers[output.choice]
+        attempt.gave(output.position)
         ledger.early[output.position] = output
         instructions: list[Instruction] = []
         while (due := ledger.early.pop(len(ledger.emitted), None)) is not None:
@@ -141,13 +191,15 @@ class Generation:
         if all(self.ledgers[choice].finished for choice in attempt.choices):
             del self.attempts[output.epoch]
         if not self.attempts:
-            instructions += self._end(None)
+            instructions += self._end(Outcome.FINISHED)
         return instructions
 
     def handed_over(self, epoch: int, worker: str) -> list[Instruction]:
         """The prefill worker is done with it: its loss no longer matters."""
-        if epoch in self.attempts:
-            self.attempts[epoch].workers.discard(worker)
+        if attempt := self.attempts.get(epoch):
+            attempt.phase = Phase.DECODING
+            if self._gave_way(attempt, worker):  # else its first tokens are still on their way
+                attempt.workers.discard(worker)
         return []
 
     def failed(self, worker: str, failure: Failed) -> list[Instruction]:
@@ -156,9 +208,11 @@ class Generation:
         if attempt is None:
             return []
         attempt.workers.discard(worker)
+        if self._gave_way(attempt, worker):
+            return []
         if failure.kind is FailureKind.BAD_REQUEST:
             error = BadRequest(failure.message, param=failure.param, code=failure.code)
-            return self._end(error)
+            return self._end(Outcome.REFUSED, error)
         if failure.kind is FailureKind.HANDOFF:
             self._split = False
         else:
@@ -170,15 +224,17 @@ class Generation:
         epochs = [e for e, attempt in self.attempts.items() if worker in attempt.workers]
         instructions: list[Instruction] = []
         for epoch in epochs:
-            if epoch in self.attempts:
-                self.attempts[epoch].workers.discard(worker)
+            if attempt := self.attempts.get(epoch):
+                attempt.workers.discard(worker)
+                if self._gave_way(attempt, worker):
+                    continue
                 self._avoid.add(worker)
                 instructions += self._replay(epoch, f"worker {worker} was lost")
         return instructions
 
     def cancel(self) -> list[Instruction]:
         """The client left."""
-        return [] if self.ended else self._end(None)
+        return [] if self.ended else self._end(Outcome.CANCELLED)
 
     def check_integrity(self) -> None:
         """Every unfinished choice is in exactly one attempt, until the end."""
@@ -187,10 +243,14 @@ class Generation:
         for choice, ledger in self.ledgers.items():
             assert self.ended or ledger.finished or choice in placed, f"choice {choice} is lost"
         assert not (self.ended and self.attempts), "an attempt outlives its generation"
+        for attempt in self.attempts.values():
+            assert attempt.owner is None or attempt.owner in attempt.workers, "nobody owns the KV"
+            assert len(attempt.workers) <= 2, "more hold something than the route has workers"
 
-    def _attempt(self, choices: tuple[int, ...], number: int) -> Place:
+    def _attempt(self, choices: tuple[int, ...], number: int, fruitless: int) -> Place:
         self._epoch += 1
-        attempt = self.attempts[self._epoch] = Attempt(choices, number)
+        begin = len(self.ledgers[choices[0]].emitted)
+        attempt = self.attempts[self._epoch] = Attempt(choices, number, fruitless, begin)
         return Place(self._job(self._epoch, attempt), frozenset(self._avoid), self._split)
 
     def _job(self, epoch: int, attempt: Attempt) -> Job:
@@ -204,23 +264,35 @@ class Generation:
             sent=ledger.sent,
         )
 
+    def _gave_way(self, attempt: Attempt, worker: str) -> bool:
+        """The decode worker goes on, and the client has all that this prefill worker had to say."""
+        if attempt.phase is not Phase.DECODING or worker == attempt.decode:
+            return False
+        ledgers = [self.ledgers[choice] for choice in attempt.choices]
+        return all(len(ledger.emitted) > attempt.begin or ledger.finished for ledger in ledgers)
+
     def _replay(self, epoch: int, reason: str) -> list[Instruction]:
         """Give up one attempt and start what is unfinished of it elsewhere."""
         attempt = self.attempts.pop(epoch)
         instructions: list[Instruction] = list(self._cancels(epoch, attempt.workers))
-        if attempt.number == MAX_ATTEMPTS:
-            error = Unavailable(f"the request failed {MAX_ATTEMPTS} times; the last time: {reason}")
-            return instructions + self._end(error)
+        ledgers = [self.ledgers[choice] for choice in attempt.choices]
+        gave = any(len(ledger.emitted) > attempt.begin for ledger in ledgers)
+        if (attempt.fruitless == FRUITLESS and not gave) or attempt.number == MOST_ATTEMPTS:
+            error = Unavailable(
+                f"the request failed {attempt.number} times; the last time: {reason}"
+            )
+            return instructions + self._end(Outcome.REFUSED, error)
         unfinished = [c for c in attempt.choices if not self.ledgers[c].finished]
         for choice in unfinished:
             self.ledgers[choice].early.clear()
         fresh = tuple(c for c in unfinished if not self.ledgers[c].emitted)
         groups = [(c,) for c in unfinished if self.ledgers[c].emitted] + ([fresh] if fresh else [])
-        return instructions + [self._attempt(group, attempt.number + 1) for group in groups]
+        number, fruitless = attempt.number + 1, 1 if gave else attempt.fruitless + 1
+        return instructions + [self._attempt(group, number, fruitless) for group in groups]
 
-    def _end(self, error: MotleyError | None) -> list[Instruction]:
+    def _end(self, outcome: Outcome, error: MotleyError | None = None) -> list[Instruction]:
         """The one way out: whoever still holds something is told to free it."""
-        self.ended = True
+        self.outcome = outcome
         instructions: list[Instruction] = []
         for epoch, attempt in self.attempts.items():
             instructions += self._cancels(epoch, attempt.workers)

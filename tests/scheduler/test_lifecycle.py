@@ -6,7 +6,18 @@ import msgspec
 import pytest
 
 from scheduler.errors import BadRequest, Unavailable
-from scheduler.lifecycle import MAX_ATTEMPTS, Deliver, End, Generation, Place, Send, Started
+from scheduler.lifecycle import (
+    FRUITLESS,
+    MOST_ATTEMPTS,
+    Deliver,
+    End,
+    Generation,
+    Outcome,
+    Phase,
+    Place,
+    Send,
+    Started,
+)
 from scheduler.messages import (
     Address,
     Cancel,
@@ -133,8 +144,18 @@ def test_when_the_client_leaves_whoever_holds_something_frees_it(route, cancels)
 
 def test_after_the_hand_over_only_the_decode_worker_holds_something():
     generation = accepted()
+    generation.output(out(1, 0))
     generation.handed_over(1, "p")
     assert generation.cancel() == [Send("d", Cancel("r", 1)), End()]
+
+
+def test_a_hand_over_that_is_told_before_the_first_token_leaves_it_owed():
+    generation = accepted()
+    generation.handed_over(1, "p")
+    assert generation.worker_lost("p") == [
+        Send("d", Cancel("r", 1)),
+        Place(job(2, 0), frozenset({"p"}), split=True),
+    ]
 
 
 def test_leaving_before_a_route_is_found_tells_nobody():
@@ -159,7 +180,7 @@ def test_a_bad_request_is_not_tried_again():
 
 def test_it_gives_up_after_so_many_attempts():
     generation = accepted(route=WHOLE)
-    for epoch in range(1, MAX_ATTEMPTS):
+    for epoch in range(1, FRUITLESS):
         (place,) = generation.failed("m", failure(epoch))
         assert isinstance(place, Place)
         generation.routed(epoch + 1, WHOLE)
@@ -198,6 +219,60 @@ def test_words_about_an_older_attempt_are_ignored(event):
 
 def test_a_choice_that_is_not_the_attempts_is_ignored():
     assert accepted(0).output(out(1, 0, choice=1)) == []
+
+
+# ── phases ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def phase_and_owner(generation: Generation, epoch: int = 1):
+    attempt = generation.attempts[epoch]
+    return attempt.phase, attempt.owner
+
+
+def test_a_split_attempt_passes_its_phases_and_the_kv_has_one_owner_in_each():
+    generation = Generation(fresh(0))
+    generation.start()
+    assert phase_and_owner(generation) == (Phase.QUEUED, None)
+    generation.routed(1, SPLIT)
+    assert phase_and_owner(generation) == (Phase.PREFILLING, "p")
+    generation.output(out(1, 0))
+    assert phase_and_owner(generation) == (Phase.STAGED, "p")
+    generation.handed_over(1, "p")
+    assert phase_and_owner(generation) == (Phase.DECODING, "d")
+
+
+def test_a_whole_attempt_is_never_staged():
+    generation = accepted(route=WHOLE)
+    generation.output(out(1, 0))
+    assert phase_and_owner(generation) == (Phase.DECODING, "m")
+
+
+def test_a_replay_is_staged_by_its_own_first_token():
+    generation = accepted()
+    generation.output(out(1, 0))
+    generation.worker_lost("d")
+    generation.routed(2, SPLIT)
+    generation.output(out(2, 1))
+    assert phase_and_owner(generation, 2) == (Phase.STAGED, "p")
+    generation.output(out(2, 2))
+    assert phase_and_owner(generation, 2) == (Phase.DECODING, "d")
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        (lambda g: g.output(last(1, 0)), Outcome.FINISHED),
+        (lambda g: g.cancel(), Outcome.CANCELLED),
+        (lambda g: g.failed("p", failure(1, FailureKind.BAD_REQUEST)), Outcome.REFUSED),
+        (lambda g: g.unroutable(1, Unavailable("nobody")), Outcome.REFUSED),
+    ],
+)
+def test_outcomes(end, outcome):
+    generation = accepted()
+    assert generation.outcome is None
+    end(generation)
+    generation.cancel()  # too late
+    assert generation.outcome is outcome
 
 
 # ── replays ─────────────────────────────────────────────────────────────────────────────────────
@@ -244,8 +319,52 @@ def test_choices_that_had_begun_go_on_alone_and_the_others_together():
 
 def test_a_lost_prefill_worker_does_not_matter_after_the_hand_over():
     generation = accepted()
+    generation.output(out(1, 0))
     generation.handed_over(1, "p")
     assert generation.worker_lost("p") == []
+
+
+@pytest.mark.parametrize(
+    "event", [lambda g: g.worker_lost("p"), lambda g: g.failed("p", failure(1))], ids=str
+)
+def test_nor_once_the_decode_worker_speaks_though_nobody_said_that_it_was_handed_over(event):
+    generation = accepted(0, 1)
+    generation.output(out(1, 0))
+    generation.output(out(1, 0, choice=1))
+    generation.output(out(1, 1))
+    assert event(generation) == []
+    assert generation.output(out(1, 2)) == [Deliver(out(1, 2))]
+    assert generation.cancel() == [Send("d", Cancel("r", 1)), End()]
+
+
+def test_but_it_does_while_a_first_token_is_missing():
+    generation = accepted(0, 1)
+    generation.output(out(1, 0))
+    generation.output(out(1, 1))
+    cancel, *places = generation.worker_lost("p")
+    assert cancel == Send("d", Cancel("r", 1))
+    assert [place.job.choices for place in places] == [(0,), (1,)]
+
+
+def test_an_attempt_that_gave_a_token_counts_as_a_new_beginning():
+    generation, emitted = accepted(route=WHOLE), 0
+    for epoch in range(1, 4 * FRUITLESS):
+        if epoch % FRUITLESS == 1:
+            generation.output(out(epoch, emitted))
+            emitted += 1
+        (place,) = generation.failed("m", failure(epoch))
+        assert isinstance(place, Place)
+        generation.routed(epoch + 1, WHOLE)
+
+
+def test_however_many_tokens_it_gives_there_is_a_last_attempt():
+    """A request that kills whoever gives it a token must not kill everybody."""
+    generation = accepted(route=WHOLE)
+    for epoch in range(1, MOST_ATTEMPTS + 1):
+        generation.output(out(epoch, epoch - 1))
+        (*_, after) = generation.failed("m", failure(epoch))
+        generation.routed(epoch + 1, WHOLE)
+    assert isinstance(after.error, Unavailable)
 
 
 def test_a_worker_that_holds_nothing_of_it_may_be_lost():
@@ -283,7 +402,7 @@ def test_the_last_attempt_of_one_choice_ends_the_others_too():
     generation.worker_lost("m")  # from here on two attempts: 2 and 3
     generation.routed(2, Route("n"))
     generation.routed(3, Route("o"))
-    for epoch in (2, 4, 5):
+    for epoch in (2, 4, 5, 6):
         generation.failed("n", failure(epoch))
         generation.routed(epoch + (2 if epoch == 2 else 1), Route("n"))
     *cancels, end = generation.worker_lost("n")
@@ -295,12 +414,12 @@ def test_the_last_attempt_of_one_choice_ends_others_that_the_same_loss_has_hit()
     generation = accepted(0, 1, route=WHOLE)
     generation.output(out(1, 0))
     generation.worker_lost("m")
-    for epoch in (2, 4, 5):  # choice 0 has its fifth attempt, epoch 6, before ...
+    for epoch in (2, 4, 5, 6):  # choice 0 has its fifth attempt in vain, epoch 7, before ...
         generation.failed("n", failure(epoch))
-    generation.failed("n", failure(3))  # ... choice 1 has its third, epoch 7
-    generation.routed(6, Route("n"))
+    generation.failed("n", failure(3))  # ... choice 1 has its second, epoch 8
     generation.routed(7, Route("n"))
+    generation.routed(8, Route("n"))
     *cancels, end = generation.worker_lost("n")
-    assert cancels == [Send("n", Cancel("r", 7))]
+    assert cancels == [Send("n", Cancel("r", 8))]
     assert isinstance(end.error, Unavailable)
     generation.check_integrity()
