@@ -13,6 +13,7 @@ from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool, blocks_for
 from scheduler.errors import SetupError
 from scheduler.pacing import Pace
+from workers.allocator import keep_freed_memory
 from workers.engine import Engine
 from workers.fake import FakeRunner, FakeText, parse_options
 from workers.speculate import MOST_ROWS
@@ -166,6 +167,7 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, mode: Mode, batcher:
     with _engine_installed():
         from workers.native import NativeRunner  # here: torch takes 190 MB and a second
 
+    keep_freed_memory()
     return NativeRunner(checkpoint, blocks, options.threads)
 
 
