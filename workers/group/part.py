@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kernels.program import Pool, Span
+from workers.allocator import keep_freed_memory
 from workers.fast import KV_DTYPE
 from workers.fast_model import FastModel
 from workers.group.sharded import Sharded
@@ -78,4 +79,5 @@ def load_part(
         return FastPart(sharded, kv_blocks, threads, max_rows, whole)
     from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
 
+    keep_freed_memory()
     return ExactPart(sharded, kv_blocks, threads, whole)
