@@ -16,6 +16,7 @@ from scheduler.messages import Role
 from scheduler.problem import Limit
 from scheduler.profile_import import Format
 from scheduler.profiles import StepProfile
+from scheduler.simulate_load import parse_process
 from scheduler.workload import Arrival, SizeBucket, Workload, from_arrivals, read_trace
 
 DRAWS = 20_000  # of a distribution, with a fixed seed
@@ -66,7 +67,10 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a plan may hold, and what is asked of it beyond cost (`planner_model.Options`)."""
+    """What a plan may hold, and what is asked of it beyond cost (`planner_model.Options`).
+
+    `certify` is for `scheduler.certify`, its words those of `simulate_load.parse_process`.
+    """
 
     gpus: tuple[str, ...] = ()  # empty: all that have an offer
     tp: tuple[int, ...] = (1, 2, 4, 8)
@@ -77,6 +81,7 @@ class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     switching: float = 0.0
     time_limit: float = 50.0
     gap: float = 0.001
+    certify: tuple[str, ...] = ()  # empty: poisson, and the trace where there is one
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -179,6 +184,10 @@ def _check_choices(file: _File, catalogue: Catalogue) -> None:
     if not file.plan.roles:
         raise SetupError("plan.roles: none; a plan needs mixed, or prefill and decode")
     _positive("plan.time_limit", file.plan.time_limit)
+    for process in file.plan.certify:
+        parse_process(process)
+        if process == "trace" and not all(model.trace for model in file.model):
+            raise SetupError("plan.certify: trace: not every model has one")
 
 
 def _demand(
@@ -231,7 +240,8 @@ def _drawn(spread: Lognormal, where: str) -> Workload:
         drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), DRAWS)
         columns.append(np.maximum(1, np.rint(drawn)).astype(int).tolist())
     arrivals = [Arrival(float(at), *sizes) for at, sizes in enumerate(zip(*columns, strict=True))]
-    return msgspec.structs.replace(from_arrivals(arrivals), dispersion=1.0)
+    timeless = tuple(arrival._replace(at=0.0) for arrival in arrivals)
+    return msgspec.structs.replace(from_arrivals(arrivals), dispersion=1.0, arrivals=timeless)
 
 
 def _check_slo(slo: Slo, where: str) -> None:

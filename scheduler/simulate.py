@@ -223,11 +223,12 @@ class Simulation:
         assert live.placed, "it was routed"
         prefill, decode = self._pair(live.placed)
         size = sequence.prompt_len * prefill.cost.kv_token_bytes
-        rate = min(prefill.cost.link_bytes_s, decode.cost.link_bytes_s)
-        start = begun if self._timing.overlap else now
-        start = max(start, self._sending[prefill.number], self._receiving[decode.number])
-        end = max(start + size / rate, now + TAIL * size / rate)
-        self._sending[prefill.number] = self._receiving[decode.number] = end
+        ready = begun if self._timing.overlap else now
+        sent = max(ready, self._sending[prefill.number]) + size / prefill.cost.link_bytes_s
+        taken = max(ready, self._receiving[decode.number]) + size / decode.cost.link_bytes_s
+        self._sending[prefill.number], self._receiving[decode.number] = sent, taken
+        slowest = min(prefill.cost.link_bytes_s, decode.cost.link_bytes_s)
+        end = max(sent, taken, now + TAIL * size / slowest)
         self._transferred += size
         self._at(end + self._timing.network_s, self._committed, live, sequence)
 

@@ -59,6 +59,11 @@ class Workload(msgspec.Struct, frozen=True):
     arrivals: tuple[Arrival, ...] = ()
 
     @property
+    def traced(self) -> bool:
+        """Whether its arrivals have times of their own."""
+        return bool(self.arrivals) and self.arrivals[-1].at > self.arrivals[0].at
+
+    @property
     def sizes(self) -> tuple[Arrival, ...]:
         """Sizes to draw requests from; of a workload without arrivals, in parts of a thousand."""
         return self.arrivals or tuple(
