@@ -14,17 +14,21 @@ import msgspec
 
 from scheduler import goodput_command
 from scheduler.errors import SetupError
+from scheduler.simulate_command import read_replicas
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from scheduler.certify import Certificate
     from scheduler.plan import Plan
     from scheduler.planner_columns import Built
+    from scheduler.service_file import Service
 
 EXAMPLES = """\
 examples:
-  motley plan service.toml                      # a table
+  motley plan service.toml                      # a table, certified by simulation
+  motley plan service.toml --no-certify         # seconds sooner, and cheaper than what holds
   motley plan service.toml --explain            # and why, what more would save, what is missing
   motley plan service.toml --json --output plan.json
   motley plan --problem problem.json --json     # straight to the solver
@@ -40,6 +44,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the answer as JSON")
     command.add_argument("--output", type=Path, metavar="PLAN.json", help="the answer as a file")
     command.add_argument("--explain", action="store_true", help="say why; solves some 20 times")
+    command.add_argument(
+        "--no-certify",
+        dest="certify",
+        action="store_false",
+        help="do not simulate and tighten the plan of a service",
+    )
     command.add_argument(
         "--previous", type=Path, metavar="PLAN.json", help="what runs now: switching has its cost"
     )
@@ -92,24 +102,36 @@ def _problem(options: argparse.Namespace) -> None:
 
 def _service(options: argparse.Namespace) -> None:
     from scheduler.explain import explain
-    from scheduler.plan_report import explanation_lines, plan_tables
+    from scheduler.plan_report import certificate_lines, explanation_lines, plan_tables
     from scheduler.planner import make_plan
     from scheduler.planner_columns import build
     from scheduler.service_file import read_service
 
     service = read_service(options.service)
-    built = build(service, _replicas(options.previous))
+    previous = read_replicas("--previous", options.previous) if options.previous else {}
+    built = build(service, previous)
     built = built._replace(options=_asked(options, built.options))
     with quiet():
-        plan = make_plan(built.problem, built.options, time.perf_counter)
-    answer = msgspec.to_builtins(plan) | _details(built, plan)
+        first = make_plan(built.problem, built.options, time.perf_counter)
+        plan, certificate = _certified(service, built, first) if options.certify else (first, None)
+    answer = msgspec.to_builtins(plan) | _details(built, plan, certificate)
     shown = list(plan_tables(built.problem, plan, built.facts))
-    if options.explain:
+    if certificate:
+        shown += certificate_lines(certificate)
+    if options.explain:  # with what was planned before certification, like with like
         with quiet():
-            why = explain(service, built, plan, time.perf_counter)
+            why = explain(service, built, first, time.perf_counter)
         answer["explanation"] = msgspec.to_builtins(why)
-        shown += explanation_lines(why, plan)
+        shown += explanation_lines(why, first)
     _write(options, answer, shown)
+
+
+def _certified(service: Service, built: Built, plan: Plan) -> tuple[Plan, Certificate]:
+    import numpy as np
+
+    from scheduler.certify import Certifier
+
+    return Certifier(service, built, time.perf_counter, np.random.default_rng).certify(plan)
 
 
 def _asked(options: argparse.Namespace, base: Any) -> Any:
@@ -121,7 +143,7 @@ def _asked(options: argparse.Namespace, base: Any) -> Any:
     return msgspec.structs.replace(base, **given)
 
 
-def _details(built: Built, plan: Plan) -> dict[str, Any]:
+def _details(built: Built, plan: Plan, certificate: Certificate | None) -> dict[str, Any]:
     """What a deployer must know of each column, and where its numbers come from."""
     used = [column for column in built.problem.columns if column.name in plan.replicas]
     fields = ("model", "gpu", "gpus", "role", "market", "region", "price")
@@ -131,17 +153,8 @@ def _details(built: Built, plan: Plan) -> dict[str, Any]:
         | {"price": column.price, "price_provenance": built.facts[column.name].price}
         for column in used
     }
-    return {"certified": False, "columns": columns}
-
-
-def _replicas(path: Path | None) -> dict[str, int]:
-    if path is None:
-        return {}
-    try:
-        previous = msgspec.json.decode(path.read_bytes())
-        return msgspec.convert(previous["replicas"], dict[str, int])
-    except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
-        raise SetupError(f"--previous {path}: no plan: {error}") from None
+    details = {"certified": bool(certificate and certificate.certified), "columns": columns}
+    return details | ({"certificate": msgspec.to_builtins(certificate)} if certificate else {})
 
 
 def _goodput(options: argparse.Namespace) -> None:

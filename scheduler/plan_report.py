@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from scheduler.certify import Certificate
     from scheduler.explain import Explanation
     from scheduler.goodput import Found
     from scheduler.plan import Plan
@@ -63,6 +64,21 @@ def _shares(problem: Problem, plan: Plan) -> dict[str, float]:
                 part = plan.routing[bucket.name].get(column.name, 0.0)
                 shares[column.name] += part * bucket.rate / asked[column.model]
     return shares
+
+
+def certificate_lines(certificate: Certificate) -> Iterator[str]:
+    """Attainment by model and process, and what the certificate cost."""
+    for model, processes in certificate.attainment.items():
+        for process, held in processes.items():
+            yield (
+                f"{model}, {process}: both limits met by {held.mean:.1%} "
+                f"({held.low:.1%} to {held.high:.1%}, {held.runs} runs)"
+            )
+    said = f"{certificate.rounds} rounds, {certificate.seconds:.0f} s"
+    if certificate.certified:
+        yield f"certified, at a premium of {certificate.premium:.1%} ({said})"
+    else:
+        yield f"NOT certified: {certificate.reason} ({said})"
 
 
 def explanation_lines(why: Explanation, plan: Plan) -> Iterator[str]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-TAIL = 1 / 16  # of a KV cache is still to be pushed when an overlapped prefill ends
+TAIL = 1 / 16  # of a KV cache, its last layers, is still to be pushed when the prefill ends
 GREEDY = Sampling(seed=0, temperature=0.0)
 
 

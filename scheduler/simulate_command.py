@@ -128,7 +128,7 @@ def _of_service(options: argparse.Namespace) -> list[Case]:
     if not options.plan:
         raise SetupError("--plan PLAN.json: what `motley plan --output` wrote")
     service = read_service(options.service)
-    workers = plan_workers(service, build(service), read_replicas(options.plan))
+    workers = plan_workers(service, build(service), read_replicas("--plan", options.plan))
     cases = []
     for demand in service.demands:
         sizes = read_trace(options.trace) if options.trace else demand.workload.sizes
@@ -137,13 +137,13 @@ def _of_service(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def read_replicas(path: Path) -> dict[str, int]:
-    """How many of each column a plan file holds. Raises SetupError naming the file."""
+def read_replicas(option: str, path: Path) -> dict[str, int]:
+    """How many of each column a plan file holds. Raises SetupError naming option and file."""
     try:
         plan = msgspec.json.decode(path.read_bytes())
         return msgspec.convert(plan["replicas"], dict[str, int])
     except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
-        raise SetupError(f"{path}: no plan: {error}") from None
+        raise SetupError(f"{option} {path}: no plan: {error}") from None
 
 
 def _answer(case: Case, options: argparse.Namespace) -> Answer:

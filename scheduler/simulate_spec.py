@@ -42,7 +42,7 @@ class Timing(msgspec.Struct, frozen=True):
 
     network_s: float = 0.0005  # one message between two processes
     tokenise_s: float = 0.001
-    overlap: bool = False  # layers are pushed while the prefill goes on
+    overlap: bool = True  # layers are pushed while the prefill goes on
 
 
 @dataclass(frozen=True, slots=True)

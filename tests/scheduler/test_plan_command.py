@@ -73,7 +73,7 @@ def test_a_person_reads_a_table(problem, capfd):
 
 def test_a_plan_names_its_sources_and_is_taken_back_as_what_runs(service, tmp_path, capfd):
     output = str(tmp_path / "plan.json")
-    assert main(["plan", service, "--json", "--output", output]) == 0
+    assert main(["plan", service, "--no-certify", "--json", "--output", output]) == 0
     plan = json.loads(capfd.readouterr().out)
     assert plan == json.loads((tmp_path / "plan.json").read_text())
     assert plan["certified"] is False
@@ -81,15 +81,25 @@ def test_a_plan_names_its_sources_and_is_taken_back_as_what_runs(service, tmp_pa
     for column in plan["columns"].values():
         assert column["provenance"] == "modelled"
         assert column["role"] in ("mixed", "prefill", "decode")
-    assert main(["plan", service, "--previous", output, "--json"]) == 0
+    assert main(["plan", service, "--no-certify", "--previous", output, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["replicas"] == plan["replicas"]
 
 
+def test_a_plan_is_certified_unless_told_otherwise(service, capfd):
+    assert main(["plan", service, "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["certified"] is True
+    ((process, held),) = plan["certificate"]["attainment"]["llama-3.1-8b"].items()
+    assert process == "poisson"
+    assert held["low"] > 0.9
+    assert plan["certificate"]["premium"] >= 0
+
+
 def test_explain_is_part_of_the_answer(service, capfd):
-    assert main(["plan", service, "--explain", "--json"]) == 0
+    assert main(["plan", service, "--no-certify", "--explain", "--json"]) == 0
     why = json.loads(capfd.readouterr().out)["explanation"]
     assert set(why["one_gpu"]) == {"L4", "A10G"}
-    assert main(["plan", service, "--explain"]) == 0
+    assert main(["plan", service, "--no-certify", "--explain"]) == 0
     assert "no limit binds" in capfd.readouterr().out
 
 

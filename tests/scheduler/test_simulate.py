@@ -215,8 +215,8 @@ def test_a_split_request_waits_for_its_kv_cache_and_hides_it_where_layers_are_pu
         WorkerSpec("d", Role.DECODE, cost, 16384),
     ]
     load = [Arrival(0.0, 900, 2)]
-    plain = simulate(specs, load, INSTANT)
-    hidden = simulate(specs, load, Timing(0.0, 0.0, overlap=True))
+    plain = simulate(specs, load, Timing(0.0, 0.0, overlap=False))
+    hidden = simulate(specs, load, INSTANT)
     assert plain.ttft[0] == hidden.ttft[0] == pytest.approx(cost.prefill_s(900))
     step = cost.decode_step_s(1, 901)
     assert plain.tpot[0] == pytest.approx(0.3 + step)
