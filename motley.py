@@ -175,6 +175,7 @@ def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
         kv_tokens=options.kv_tokens,
         threads=threads,
         mode=options.mode,
+        kv_dtype=options.kv_dtype,
         quantize=options.quantize,
         itl_bound_s=options.itl_bound_ms / 1000 if options.itl_bound_ms else None,
         speculate=options.speculate,
@@ -184,6 +185,7 @@ def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
 def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
     """What `motley serve` was told about each worker's engine, as arguments of `motley worker`."""
     words = ["--kv-tokens", str(options.kv_tokens), "--mode", options.mode]
+    words += ["--kv-dtype", options.kv_dtype]
     words += ["--quantize", options.quantize] if options.quantize else []
     words += ["--itl-bound-ms", str(options.itl_bound_ms)] if options.itl_bound_ms else []
     words += [] if options.speculate else ["--no-speculation"]
@@ -364,6 +366,12 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         choices=["fast", "exact"],
         default="fast",
         help="fast: int8 activations, fp16 KV cache (default); exact: fp32 throughout",
+    )
+    command.add_argument(
+        "--kv-dtype",
+        choices=["float16", "int8"],
+        default="float16",
+        help="of fast mode's KV cache; int8 halves its memory (default float16)",
     )
     command.add_argument(
         "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"

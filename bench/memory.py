@@ -21,7 +21,6 @@ from engine_machine import bare_torch_rss
 from engine_process import peak_rss
 from latency_http import serving
 
-from workers.fast import KV_DTYPE
 from workers.kv_cache import KvCache
 from workers.weights.catalogue import resolve
 from workers.weights.checkpoint import open_checkpoint
@@ -49,7 +48,7 @@ class Report(msgspec.Struct, frozen=True):
 def measure(model: str, kv_tokens: int) -> Report:
     source = resolve(model)
     checkpoint = open_checkpoint(source.path)
-    cache = KvCache(checkpoint.shape, kv_tokens // 16, KV_DTYPE)
+    cache = KvCache(checkpoint.shape, kv_tokens // 16, "float16")
     checkpoint.close()
     words = ("--kv-tokens", str(kv_tokens), "--threads", "1")
     return Report(

@@ -24,7 +24,6 @@ import torch
 from kernels.program import Pool, Span
 from scheduler.blocks import blocks_for
 from scheduler.models import BLOCK_TOKENS
-from workers.fast import KV_DTYPE
 from workers.fast_model import FastModel
 from workers.kv_cache import KvCache
 from workers.model import Batch, Model, Prefill
@@ -148,7 +147,7 @@ def compare(model: str, threads: int) -> list[Verdict]:
     ids = checkpoint.tokenizer().encode(prose(), add_special_tokens=False).ids
     reference = Exact(checkpoint, CONTEXT, torch.float32)
     variants: dict[str, Exact | Fast] = {
-        "fast": Fast(checkpoint, threads, KV_DTYPE),
+        "fast": Fast(checkpoint, threads, "float16"),
         "int8 activations": Fast(checkpoint, threads, "float32"),
         "fp16 KV": Exact(checkpoint, ROUNDED_STEP, torch.float16),
     }

@@ -19,15 +19,8 @@ import numpy as np
 
 from kernels import dispatch, library
 from kernels.buffers import Acts, Floats, Routing, aligned
-from kernels.library import (
-    OP_KINDS,
-    OP_STRUCTS,
-    BatchStruct,
-    Heads,
-    KvLayer,
-    MatrixStruct,
-    Op,
-)
+from kernels.kv_rows import kv_layer
+from kernels.library import OP_KINDS, OP_STRUCTS, BatchStruct, Heads, MatrixStruct, Op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +30,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 GROUP = 32  # columns that share a scale
-KV_TYPES = {"float32": 0, "float16": 1}
 FORMATS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # as GGUF numbers them
 
 
@@ -193,12 +185,12 @@ class Program:
     ) -> None:
         """Finish q, k and v of qkv [T, (H + 2K)·E] in place; store k and v in their slots.
 
-        cache [2, blocks, 16, K, E], a layer's, float32 or float16.
+        cache [2, blocks, 16, K, E], a layer's: see kernels/kv_rows.py.
         """
         vectors = (extras.bias, extras.query_norm, extras.key_norm)
         arrays = [None if v is None else np.ascontiguousarray(v, np.float32) for v in vectors]
         pointers = [None if a is None else a.ctypes.data for a in arrays]
-        counts, layer = Heads(*heads), _kv_layer(cache)
+        counts, layer = Heads(*heads), kv_layer(cache, heads.dim)
         fields = (qkv.pointer, angles.pointer, *pointers, extras.eps, counts, layer)
         self._add("rope", fields, qkv, angles, cache, arrays)
 
@@ -220,7 +212,7 @@ class Program:
 
         Each token sees the newest `window` ones, itself included, or all where it is 0.
         """
-        fields = (qkv.pointer, out.pointer, Heads(*heads), _kv_layer(cache), window)
+        fields = (qkv.pointer, out.pointer, Heads(*heads), kv_layer(cache, heads.dim), window)
         self._add("attention", fields, qkv, cache, out, wait=wait)
 
     def gather(self, x: Floats, out: Floats) -> None:
@@ -331,9 +323,3 @@ def _check_widths(matrix: Matrix, x: Acts, out: Floats) -> None:
         raise ValueError(
             f"[{matrix.outputs}, {matrix.inputs}] from {x.width} columns to {out.width}"
         )
-
-
-def _kv_layer(cache: Array) -> KvLayer:
-    if cache.dtype.name not in KV_TYPES or not cache[0].flags.c_contiguous:
-        raise ValueError(f"a layer's cache of {cache.dtype.name}; it is {' or '.join(KV_TYPES)}")
-    return KvLayer(KV_TYPES[cache.dtype.name], cache[0].ctypes.data, cache[1].ctypes.data)

@@ -37,6 +37,17 @@ def quantised(x: torch.Tensor) -> torch.Tensor:
     return torch.where(largest > limit, fine, coarse).flatten(-2)
 
 
+def kv_rounded(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values as an int8 cache keeps them. x [T, K, E] float32 -> [T, K, E].
+
+    q = round(x / d), with one d for each token and head: max|x| / 127 rounded up to bfloat16.
+    """
+    steps = x.abs().amax(-1, keepdim=True) / 127
+    above = (steps.view(torch.int32) + 0xFFFF) >> 16 << 16
+    steps = torch.where(steps > 0, above.view(torch.float32), 1.0)
+    return (x / steps).round() * steps
+
+
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """quantised(x [T, D]) · weightᵀ, with dequantised weights [outputs, D] -> [T, outputs]."""
     return quantised(x) @ weight.t()

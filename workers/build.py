@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from scheduler.messages import Address, Rates
     from scheduler.models import ModelShape
+    from workers.kv_cache import KvDtype
     from workers.runner import Runner
     from workers.weights.checkpoint import Checkpoint
 
@@ -50,6 +51,7 @@ class EngineOptions:
     kv_tokens: int
     threads: int
     mode: Mode = "fast"
+    kv_dtype: KvDtype = "float16"  # of fast mode
     quantize: Literal["int4", "int8"] | None = None  # of safetensors
     itl_bound_s: float | None = None  # a step beside decodes should not take longer
     speculate: bool = True
@@ -128,6 +130,11 @@ def _native(
     try:
         text = Text.from_checkpoint(checkpoint)
         mode = _mode(checkpoint.shape, options)
+        if mode == "exact" and options.kv_dtype == "int8":
+            raise SetupError(
+                "an int8 KV cache needs fast mode, and this model runs in exact mode, where the "
+                "cache is float32: leave out --kv-dtype, or choose --mode fast if it was not so"
+            )
         if group:
             runner = _group_runner(model, options, mode, batcher, group)
         else:
@@ -163,7 +170,8 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, mode: Mode, batcher:
     if mode == "fast":
         from workers.fast import FastRunner
 
-        return FastRunner(checkpoint, blocks, options.threads, options.max_rows)
+        rows, kv_dtype = options.max_rows, options.kv_dtype
+        return FastRunner(checkpoint, blocks, options.threads, rows, kv_dtype)
     with _engine_installed():
         from workers.native import NativeRunner  # here: torch takes 190 MB and a second
 
@@ -182,6 +190,7 @@ def _group_runner(
     leader.wait_for(group.ranks - 1, JOIN_S)
     group_options = GroupOptions(
         mode=mode,
+        kv_dtype=options.kv_dtype,
         quantize=options.quantize,
         path=model.location,
         kv_blocks=batcher.pool.size,

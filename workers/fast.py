@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from scheduler.batching import Slice
+    from workers.kv_cache import KvDtype
     from workers.reading import Array
     from workers.runner import Sampled, Wishes
     from workers.weights.checkpoint import Checkpoint
-
-KV_DTYPE = "float16"
 
 
 class FastRunner:
     """Runner on this machine's CPU, in `fast` mode: for steps of at most `max_rows` rows."""
 
-    def __init__(self, checkpoint: Checkpoint, kv_blocks: int, threads: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kv_blocks: int,
+        threads: int,
+        max_rows: int,
+        kv_dtype: KvDtype = "float16",
+    ) -> None:
         self.vocab = checkpoint.shape.vocab
-        self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
+        self.cache = KvCache(checkpoint.shape, kv_blocks, kv_dtype)
         self.model = FastModel(checkpoint, self.cache, Pool(threads), max_rows)
         self._sampler = Sampler()
 

@@ -1,15 +1,18 @@
 """The bytes of a paged KV cache: [L, 2, blocks, 16, K, E], keys at 0 and values at 1.
 
+An int8 cache has 2 bytes more after each E: the step that the values count in (kernels/kv_rows.py).
+
 Kept by numpy so that workers without torch (the fake one) have the same cache; torch shares the
 memory. A layer's keys of neighbouring blocks are contiguous, so a transfer is a few long views.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from kernels.kv_rows import row_length
 from kernels.mark import Mark
 from scheduler.models import BLOCK_TOKENS
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.models import ModelShape
+
+KvDtype: TypeAlias = Literal["float16", "int8"]  # that `fast` mode has a choice of
 
 
 class KvCache:
@@ -26,7 +31,8 @@ class KvCache:
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
         self.blocks = blocks
         self.data = np.zeros(  # zeros are mapped lazily: blocks never used take no memory
-            (self.layers, 2, blocks, BLOCK_TOKENS, self.kv_heads, self.head_dim), dtype
+            (self.layers, 2, blocks, BLOCK_TOKENS, self.kv_heads, row_length(dtype, self.head_dim)),
+            dtype,
         )
         self._slots = self.data.reshape(self.layers, 2, blocks * BLOCK_TOKENS, -1)  # a token each
         self.mark = Mark()  # layers that have the tokens of the step that runs
@@ -34,7 +40,7 @@ class KvCache:
     @property
     def token_bytes(self) -> int:
         """Of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.data.itemsize
+        return 2 * self._slots.shape[-1] * self.data.itemsize
 
     @property
     def dtype(self) -> str:

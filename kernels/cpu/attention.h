@@ -70,10 +70,35 @@ inline void transpose(F* x) {
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return from_half(x); }
 
+// One token's numbers of one kv head, as they lie in the cache.
+template <class T>
+struct Stored {
+  const T* at;
+  static int size(int dim) { return dim; }
+  static Stored in(const T* at, int) { return {at}; }
+  F vector(int e) const { return load(at + e); }
+  float one(int e) const { return widen(at[e]); }
+};
+
+template <>
+struct Stored<int8_t> {
+  const int8_t* at;
+  float step;
+  static int size(int dim) { return dim + kStepBytes; }
+  static Stored in(const int8_t* at, int dim) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, at + dim, sizeof bits);
+    return {at, from_bfloat16(bits)};
+  }
+  F vector(int e) const { return mul(load(at + e), set(step)); }
+  float one(int e) const { return float(at[e]) * step; }
+};
+
 // Where token `position` of one kv head begins in a layer's keys or values.
-inline int64_t place(const Heads& heads, const int32_t* table, int head, int position) {
+template <class T>
+inline const T* place(const T* cache, const Heads& heads, const int32_t* table, int head, int position) {
   const int64_t slot = int64_t(table[position / kBlockTokens]) * kBlockTokens + position % kBlockTokens;
-  return (slot * heads.keys + head) * heads.dim;
+  return cache + (slot * heads.keys + head) * Stored<T>::size(heads.dim);
 }
 
 // Ask for tokens [first, last) of one kv head: they lie too far apart for the processor to guess.
@@ -81,8 +106,9 @@ template <class T>
 inline void fetch(const T* cache, const Heads& heads, const int32_t* table, int head, int first,
                   int last) {
   for (int i = first; i < last; ++i) {
-    const T* row = cache + place(heads, table, head, i);
-    for (int e = 0; e < heads.dim; e += 64 / int(sizeof(T))) __builtin_prefetch(row + e);
+    const T* row = place(cache, heads, table, head, i);
+    const int size = Stored<T>::size(heads.dim);
+    for (int e = 0; e < size; e += 64 / int(sizeof(T))) __builtin_prefetch(row + e);
   }
 }
 
@@ -92,22 +118,23 @@ inline void stage(const T* keys, const T* values, const Heads& heads, const int3
            int first, int count, const Workplace& w) {
   const int even = heads.dim / kLanes * kLanes;
   for (int i = 0; i < count; i += kLanes) {
-    const T* row[kLanes];
+    Stored<T> row[kLanes];
     const int present = least(count - i, kLanes);
-    for (int r = 0; r < present; ++r) row[r] = keys + place(heads, table, head, first + i + r);
+    for (int r = 0; r < present; ++r)
+      row[r] = Stored<T>::in(place(keys, heads, table, head, first + i + r), heads.dim);
     for (int e = 0; e < even; e += kLanes) {
       F x[kLanes];
-      for (int r = 0; r < kLanes; ++r) x[r] = r < present ? load(row[r] + e) : zero();
+      for (int r = 0; r < kLanes; ++r) x[r] = r < present ? row[r].vector(e) : zero();
       transpose(x);
       for (int r = 0; r < kLanes; ++r) store(w.keys + (e + r) * kKeys + i, x[r]);
     }
     for (int e = even; e < heads.dim; ++e)
-      for (int r = 0; r < kLanes; ++r) w.keys[e * kKeys + i + r] = r < present ? widen(row[r][e]) : 0;
+      for (int r = 0; r < kLanes; ++r) w.keys[e * kKeys + i + r] = r < present ? row[r].one(e) : 0;
   }
   for (int i = 0; i < count; ++i) {
-    const T* row = values + place(heads, table, head, first + i);
-    for (int e = 0; e < even; e += kLanes) store(w.values + i * w.width + e, load(row + e));
-    for (int e = even; e < heads.dim; ++e) w.values[i * w.width + e] = widen(row[e]);
+    const auto row = Stored<T>::in(place(values, heads, table, head, first + i), heads.dim);
+    for (int e = 0; e < even; e += kLanes) store(w.values + i * w.width + e, row.vector(e));
+    for (int e = even; e < heads.dim; ++e) w.values[i * w.width + e] = row.one(e);
   }
 }
 
@@ -229,6 +256,8 @@ inline void attention(const AttentionOp& op, const Step& step, int unit, float* 
   const int head = unit % op.heads.keys;
   if (op.cache.type == kFloat16)
     attend<uint16_t>(op, tile, head, memory);
+  else if (op.cache.type == kInt8)
+    attend<int8_t>(op, tile, head, memory);
   else
     attend<float>(op, tile, head, memory);
 }

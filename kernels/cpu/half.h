@@ -1,5 +1,7 @@
-// IEEE half precision in plain C++, for set-up and for processors without instructions for it.
+// 16-bit floating point in plain C++: IEEE half precision, for set-up and for processors without
+// instructions for it, and bfloat16, the upper half of a float.
 #pragma once
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -34,6 +36,13 @@ static inline uint16_t to_half(float value) {
   }
   bits += 0xfff + (bits >> 13 & 1) - 0x38000000;  // round, and move the exponent's bias
   return uint16_t(sign | bits >> 13);
+}
+
+static inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+
+// Of a number that is not negative, rounded up.
+static inline uint16_t to_bfloat16_above(float value) {
+  return uint16_t((std::bit_cast<uint32_t>(value) + 0xffff) >> 16);
 }
 
 }  // namespace motley

@@ -6,6 +6,7 @@
 
 namespace motley {
 
+constexpr int kStepBytes = 2;    // behind the int8 values of one token of one kv head
 constexpr int kTileTokens = 16;  // tokens of one sequence that attention takes together
 
 // Neighbouring tokens of one sequence: rows [first, first + count), at positions from `start` on.

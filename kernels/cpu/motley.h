@@ -14,7 +14,7 @@ enum { kGroup = 32, kBlockTokens = 16 };
 // Weight formats, numbered as GGUF numbers them.
 enum Format : int32_t { kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
 
-enum KvType : int32_t { kFloat32 = 0, kFloat16 = 1 };
+enum KvType : int32_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
 
 // 32 columns of one activation row: x ≈ d · q + fine · rest, rounded to nearest even, d = max|x| / 127.
 // A group that holds an outlier, max|x| > 4 · rms of the row, is coarse for its other columns; it
@@ -33,7 +33,8 @@ struct Matrix {
   const void* data;
 };
 
-// A layer's cache: keys and values are [blocks, 16, K, E] each.
+// A layer's cache: keys and values are [blocks, 16, K, E] each. Where they are int8, 2 bytes follow
+// each E: the step d (bfloat16) of x ≈ d · q, d = max|x| / 127 rounded up.
 struct KvLayer {
   int32_t type;
   void *keys, *values;

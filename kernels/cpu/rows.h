@@ -123,11 +123,32 @@ inline void narrow(const float* in, uint16_t* out, int count) {
   for (; i < count; ++i) out[i] = to_half(in[i]);
 }
 
-inline void store_cache(int type, void* cache, int64_t at, const float* values, int count) {
+// One head's values as int8, and their step behind them: see KvLayer.
+inline void round_head(const float* in, int dim, int8_t* out) {
+  F largest = zero();
+  int i = 0;
+  for (; i + kLanes <= dim; i += kLanes) largest = max(largest, abs(load(in + i)));
+  float highest = top(largest);
+  for (; i < dim; ++i) highest = std::fmax(highest, std::fabs(in[i]));
+  const uint16_t step = to_bfloat16_above(highest / 127);
+  const float inverse = highest > 0 ? 1 / from_bfloat16(step) : 0;
+  for (i = 0; i + kLanes <= dim; i += kLanes)
+    store(out + i, to_int(mul(load(in + i), set(inverse))));
+  for (; i < dim; ++i) out[i] = int8_t(std::lrint(in[i] * inverse));
+  __builtin_memcpy(out + dim, &step, sizeof step);
+}
+
+// One token's keys or values [K, E] into its slot.
+inline void store_cache(int type, void* cache, int64_t slot, const float* values, const Heads& heads) {
+  const int count = heads.keys * heads.dim;
   if (type == kFloat16)
-    narrow(values, static_cast<uint16_t*>(cache) + at, count);
+    narrow(values, static_cast<uint16_t*>(cache) + slot * count, count);
+  else if (type == kFloat32)
+    __builtin_memcpy(static_cast<float*>(cache) + slot * count, values, sizeof(float) * count);
   else
-    __builtin_memcpy(static_cast<float*>(cache) + at, values, sizeof(float) * count);
+    for (int head = 0; head < heads.keys; ++head)
+      round_head(values + head * heads.dim, heads.dim,
+                 static_cast<int8_t*>(cache) + (slot * heads.keys + head) * (heads.dim + kStepBytes));
 }
 
 // reference.rms_norm of one head; its dim need not be whole vectors.
@@ -150,9 +171,9 @@ inline void rope_row(const RopeOp& op, const Step& step, int row) {
     if (norm) norm_head(x + head * dim, norm, dim, op.eps);
     rotate(x + head * dim, angles, dim / 2);
   }
-  const int64_t at = step.slots[row] * keys * dim;
-  store_cache(op.cache.type, op.cache.keys, at, x + queries * dim, keys * dim);
-  store_cache(op.cache.type, op.cache.values, at, x + (queries + keys) * dim, keys * dim);
+  const int64_t slot = step.slots[row];
+  store_cache(op.cache.type, op.cache.keys, slot, x + queries * dim, op.heads);
+  store_cache(op.cache.type, op.cache.values, slot, x + (queries + keys) * dim, op.heads);
 }
 
 constexpr int64_t kSummed = 1 << 18;

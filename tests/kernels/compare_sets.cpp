@@ -111,7 +111,8 @@ void attention(Pool* pool, Results& all, KvType type, int dim) {
   rope.rope = {qkv.data(), angles.data(), nullptr, nullptr, nullptr, 0, heads, cache};
   attend.attention = {qkv.data(), out.data(), heads, cache, 0};
   run(pool, {angle, rope, attend}, rows, start);
-  keep(all, type == kFloat16 ? "attention float16" : "attention float32", out);
+  constexpr const char* kNames[] = {"attention float32", "attention float16", "attention int8"};
+  keep(all, kNames[type], out);
 }
 
 void experts(Pool* pool, Results& all) {
@@ -151,6 +152,7 @@ Results results(const char* set) {
   attention(pool, all, kFloat32, 64);
   attention(pool, all, kFloat16, 20);
   experts(pool, all);
+  attention(pool, all, kInt8, 36);
   motley_pool_free(pool);
   return all;
 }

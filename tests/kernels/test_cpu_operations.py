@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import reference, reference_quant
+from kernels.kv_rows import KV_TYPES, row_length
 from kernels.program import HeadCounts, QkvExtras, Span
 
 quick = settings(max_examples=20, deadline=None)
@@ -82,13 +83,28 @@ def test_embed_and_gather_take_rows_by_number(pool, run, random_matrix, kind):
     assert np.isnan(some[2:]).all()
 
 
+def read_cache(cache, dim):
+    """What the cache holds, float32 [2, blocks, 16, K, E]."""
+    if cache.dtype != np.int8:
+        return cache.astype(np.float32)
+    steps = cache[..., dim:].copy().view(np.uint16).astype(np.uint32) << 16
+    return cache[..., :dim] * steps.view(np.float32)
+
+
+def poisoned_cache(counts, blocks, dtype):
+    """Reads as no number wherever it is not written."""
+    row = row_length(dtype, counts.dim)
+    nothing = -1 if dtype == "int8" else np.nan  # all bits set: a step that is no number
+    return np.full((2, blocks, 16, counts.keys, row), nothing, dtype)
+
+
 @quick
 @given(
     heads=st.sampled_from([(2, 1, 8), (3, 3, 64), (6, 2, 20), (4, 2, 128), (1, 1, 2)]),
     rows=st.integers(1, 20),
     start=st.integers(0, 40),
     extras=st.booleans(),
-    dtype=st.sampled_from(["float32", "float16"]),
+    dtype=st.sampled_from(list(KV_TYPES)),
     magnitude=st.sampled_from([1.0, 1.25]),
 )
 def test_rope_finishes_queries_keys_and_values(
@@ -99,7 +115,7 @@ def test_rope_finishes_queries_keys_and_values(
     qkv = numbers(rows, width)
     bias, q_norm, k_norm = numbers(width), numbers(counts.dim), numbers(counts.dim, seed=1)
     blocks = [5, 2, 0, 4]
-    cache = np.full((2, 6, 16, counts.keys, counts.dim), np.nan, dtype)
+    cache = poisoned_cache(counts, 6, dtype)
     frequencies = 1 / 10_000 ** (np.arange(0, counts.dim, 2, dtype=np.float32) / counts.dim)
 
     def add(program):
@@ -121,11 +137,42 @@ def test_rope_finishes_queries_keys_and_values(
     q, k = reference.rope(q, cos, sin), reference.rope(k, cos, sin)
     assert torch.allclose(got, torch.cat((q, k, v), 1).flatten(1), atol=2e-5)
     slots = torch.tensor(blocks)[positions // 16] * 16 + positions % 16
-    expected = torch.full(cache.shape, torch.nan)
+    expected = torch.from_numpy(read_cache(poisoned_cache(counts, 6, dtype), counts.dim))
     reference.write_kv(expected, slots, k, v)
-    tolerance = 2e-5 if dtype == "float32" else 4e-3
-    stored = torch.from_numpy(cache.astype(np.float32))
-    assert torch.allclose(stored, expected, atol=tolerance, equal_nan=True)
+    step = float(max(k.abs().max(), v.abs().max())) / 127
+    tolerance = {"float32": 2e-5, "float16": 4e-3, "int8": 0.51 * step}
+    stored = torch.from_numpy(read_cache(cache, counts.dim))
+    assert torch.allclose(stored, expected, atol=tolerance[dtype], equal_nan=True)
+
+
+@quick
+@given(
+    dim=st.sampled_from([2, 8, 20, 64, 96]),
+    size=st.sampled_from([1e-30, 1e-6, 1.0, 3e5, 1e30]),
+    seed=st.integers(0, 100),
+)
+def test_an_int8_cache_keeps_what_the_reference_does(pool, run, dim, size, seed):
+    counts, rows = HeadCounts(1, 3, dim), 5
+    qkv = (numbers(rows, 7 * dim, seed=seed) * size).astype(np.float32)
+    qkv[2, 2 * dim : 3 * dim] = 0  # the second head's keys
+    cache = poisoned_cache(counts, 1, "int8")
+
+    def add(program):
+        x, angles = program.floats(7 * dim), program.floats(dim)
+        x.data[:] = qkv
+        angles.data[:, : dim // 2], angles.data[:, dim // 2 :] = 1, 0  # no turn
+        program.rope(x, angles, counts, cache, QkvExtras())
+
+    run(pool, rows, add)
+    exact = torch.from_numpy(qkv).view(rows, 7, dim)[:, 1:]
+    expected = reference_quant.kv_rounded(exact)
+    stored = torch.from_numpy(read_cache(cache, dim))[:, 0, :rows].transpose(0, 1).flatten(1, 2)
+    steps = exact.abs().amax(-1, keepdim=True) / 127
+    apart = (stored - expected).abs()
+    assert (apart <= 1.02 * steps).all(), "where float32 tips a tie"
+    assert (apart > 0.01 * steps).float().mean() < 0.01
+    assert ((stored - exact).abs() <= 0.505 * steps).all()
+    assert (stored[2, 1] == 0).all()
 
 
 def attend(pool, run, qkv, counts, cache, spans, window=0):
@@ -140,16 +187,21 @@ def attend(pool, run, qkv, counts, cache, spans, window=0):
 
 def a_cache(counts, blocks, dtype="float32"):
     """Random where sequences may look; not a number in block 0, which belongs to nobody."""
-    cache = numbers(2, blocks, 16, counts.keys, counts.dim).astype(dtype)
-    cache[:, 0] = np.nan
-    return cache
+    values = numbers(2, blocks, 16, counts.keys, counts.dim)
+    values[:, 0] = np.nan
+    if dtype != "int8":
+        return values.astype(dtype)
+    steps = np.where(np.isnan(values[..., :1]), values[..., :1], np.abs(values[..., :1]) / 127)
+    whole = np.random.default_rng(1).integers(-127, 128, values.shape, np.int8)
+    upper = (steps.view(np.uint32) >> 16).astype(np.uint16)
+    return np.concatenate((whole, upper.view(np.int8)), -1)
 
 
 @quick
 @given(
     heads=st.sampled_from([(2, 1, 8), (3, 3, 64), (6, 2, 20), (8, 2, 128), (9, 3, 64)]),
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 150)), min_size=1, max_size=3),
-    dtype=st.sampled_from(["float32", "float16"]),
+    dtype=st.sampled_from(list(KV_TYPES)),
     window=st.sampled_from([0, 1, 7, 16, 100]),
     seed=st.integers(0, 100),
 )
@@ -166,7 +218,7 @@ def test_attention_of_a_ragged_batch(pool, run, heads, lengths, dtype, window, s
     qkv = numbers(first, width, seed=seed)
     out = attend(pool, run, qkv, counts, cache, spans, window)
     q = torch.from_numpy(qkv).view(first, -1, counts.dim)[:, : counts.queries]
-    keys, values = torch.from_numpy(cache.astype(np.float32))
+    keys, values = torch.from_numpy(read_cache(cache, counts.dim))
     for span in spans:
         rows = slice(span.first, span.first + span.count)
         table = torch.tensor(span.blocks)

@@ -14,7 +14,7 @@ import pytest
 
 from kernels import dispatch, library
 from kernels.mark import Mark
-from kernels.program import Pool, Program, QkvExtras, Span
+from kernels.program import HeadCounts, Pool, Program, QkvExtras, Span
 
 pytestmark = pytest.mark.skipif(
     not dispatch.instruction_sets(),
@@ -137,7 +137,15 @@ def test_a_cache_of_another_type_is_refused():
     program = Program(Pool(1), 1)
     cache = np.zeros((2, 1, 16, 1, 32), np.float64)
     with pytest.raises(ValueError, match="float64"):
-        program.rope(program.floats(96), program.floats(32), (1, 1, 32), cache, QkvExtras())
+        program.rope(
+            program.floats(96), program.floats(32), HeadCounts(1, 1, 32), cache, QkvExtras()
+        )
+
+
+def test_an_int8_cache_without_room_for_its_steps_is_refused():
+    program, cache = Program(Pool(1), 1), np.zeros((2, 1, 16, 1, 32), np.int8)
+    with pytest.raises(ValueError, match="rows of 32 int8"):
+        program.attention(program.floats(96), HeadCounts(1, 1, 32), cache, program.floats(32))
 
 
 @pytest.mark.parametrize("arguments", [(0,), (1, "sse9")])

@@ -89,11 +89,16 @@ def tiny(folder, request):
 
 
 @pytest.fixture
-def engine(tiny):
+def kv_dtype():
+    return "float16"
+
+
+@pytest.fixture
+def engine(tiny, kv_dtype):
     """Makes engines of the tiny model."""
 
     def make(blocks=80, threads=1, budget=512, sequences=16, *, speculate=False, runner=FastRunner):
-        options = (budget + MOST_ROWS,) if runner is FastRunner else ()
+        options = (budget + MOST_ROWS, kv_dtype) if runner is FastRunner else ()
         batcher = Batcher(BlockPool(blocks), max_step_tokens=budget, max_sequences=sequences)
         made = runner(tiny, blocks, threads, *options)
         return Engine(made, Text.from_checkpoint(tiny), batcher, Ticks(), speculate=speculate)
@@ -169,6 +174,15 @@ def test_batch_mates_chunks_threads_and_preemption_change_no_bit(engine, jobs, s
 
 
 @kernels
+@pytest.mark.parametrize("kv_dtype", ["int8"])
+def test_an_int8_cache_gives_the_same_bits_under_all_of_that_at_once(engine, jobs):
+    made = engine(blocks=18, budget=23, threads=2, speculate=True)
+    assert together(made, jobs) == alone(engine, jobs)
+    assert made.batcher.preempted > 0
+    assert made.speculator.drafted > 0
+
+
+@kernels
 def test_drafts_change_no_bit(engine, jobs):
     made = engine(speculate=True)
     assert together(made, jobs) == alone(engine, jobs)
@@ -176,6 +190,7 @@ def test_drafts_change_no_bit(engine, jobs):
 
 
 @kernels
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 def test_a_cached_prefix_changes_no_bit(engine, make_job):
     made, cold = engine(), None
     for name, cached in (("cold", 0), ("warm", 128)):
@@ -190,6 +205,7 @@ def test_a_cached_prefix_changes_no_bit(engine, make_job):
 
 
 @kernels
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("choices", [(0,), (0, 1, 2)])
 def test_a_cache_handed_to_another_engine_changes_no_bit(engine, make_job, move_kv, choices):
     job = make_job(choices=choices, logprobs=3, max_tokens=20, ignore_eos=True)
@@ -264,6 +280,15 @@ def test_a_model_that_the_kernels_cannot_run_runs_exactly_and_that_is_said(
 @kernels
 def test_exact_is_what_is_asked_for(folder):
     assert type(built(folder("Llama"), mode="exact").runner) is NativeRunner
+
+
+@kernels
+def test_an_int8_cache_is_fast_modes_alone(folder):
+    path = folder("Llama")
+    cache = built(path, kv_dtype="int8").runner.cache
+    assert (cache.dtype, cache.data.shape[-1]) == ("int8", cache.head_dim + 2)
+    with pytest.raises(SetupError, match="leave out --kv-dtype"):
+        built(path, mode="exact", kv_dtype="int8")
 
 
 @kernels

@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from kernels import dispatch
 from kernels import reference as ops
 from kernels.program import FORMATS, Pool, Span
-from kernels.reference_quant import matmul
+from kernels.reference_quant import kv_rounded, matmul
 from workers.fast_model import HEAD_ROWS, FastModel, objection
 from workers.kv_cache import KvCache
 from workers.reading import ROWS
@@ -93,7 +93,7 @@ def attention(checkpoint, number, x, angles, kv_dtype):
         q = ops.rms_norm(q, tensor(checkpoint, f"{prefix}q_norm.weight"), shape.norm_eps)
         k = ops.rms_norm(k, tensor(checkpoint, f"{prefix}k_norm.weight"), shape.norm_eps)
     q, k = ops.rope(q, *angles), ops.rope(k, *angles)
-    k, v = k.to(kv_dtype).float(), v.to(kv_dtype).float()
+    k, v = (kv_rounded(x) if kv_dtype == torch.int8 else x.to(kv_dtype).float() for x in (k, v))
     group = shape.heads // shape.kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     ages = torch.arange(len(x))[:, None] - torch.arange(len(x))
@@ -174,7 +174,7 @@ def test_every_family_computes_what_its_formulas_say(tiny_model, family):
     assert_close(logits, reference_logits(checkpoint, IDS), experts=checkpoint.shape.experts > 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_the_cache_rounds_keys_and_values_and_nothing_else_does(tiny_llama, dtype):
     _, checkpoint = tiny_llama()
     logits = fast_logits(checkpoint, IDS, kv_dtype=dtype)

@@ -88,7 +88,7 @@ def make_runner(group):
         for number, weight in enumerate(weights[1:], 1):
             group.join(f"rank-{number}", weight)
         group.leader.wait_for(len(weights) - 1, 20)
-        chosen = {"mode": "exact", "quantize": None} | options
+        chosen = {"mode": "exact", "kv_dtype": "float16", "quantize": None} | options
         runners.append(
             GroupRunner(
                 group.leader,

@@ -14,7 +14,7 @@ SHAPE_3 = msgspec.structs.replace(SHAPE, layers=3, kv_heads=2, head_dim=4)
 
 def filled(blocks: int, seed: int = 0, dtype: str = "float32") -> KvCache:
     cache = KvCache(SHAPE_3, blocks, dtype)
-    cache.data[:] = np.random.default_rng(seed).normal(size=cache.data.shape)
+    cache.data[:] = 9 * np.random.default_rng(seed).normal(size=cache.data.shape)
     return cache
 
 
@@ -41,7 +41,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize(("blocks", "tokens", "layers", "views"), TABLE)
 def test_views_are_the_wire_format_in_as_few_pieces_as_the_blocks_have_runs(
     blocks, tokens, layers, views, dtype
@@ -73,5 +73,9 @@ def test_copy_is_of_whole_blocks_in_every_layer():
     assert np.array_equal(cache.data[:, :, :3], before[:, :, :3])
 
 
-def test_dtype_is_numpys_name():
-    assert KvCache(SHAPE_3, 1, "float16").dtype == "float16"
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 16), ("float16", 8), ("int8", 4 + 2)])
+def test_a_cache_takes_this_many_bytes(dtype, width):
+    cache = KvCache(SHAPE_3, 5, dtype)
+    assert cache.dtype == dtype
+    assert cache.token_bytes == 2 * 2 * width
+    assert cache.data.nbytes == 3 * 5 * 16 * cache.token_bytes

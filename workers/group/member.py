@@ -157,6 +157,7 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
                 checkpoint,
                 form.share,
                 mode=form.mode,
+                kv_dtype=form.kv_dtype,
                 kv_blocks=form.kv_blocks,
                 threads=config.threads,
                 max_rows=form.max_rows,

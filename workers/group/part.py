@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kernels.program import Pool, Span
 from workers.allocator import keep_freed_memory
-from workers.fast import KV_DTYPE
 from workers.fast_model import FastModel
 from workers.group.sharded import Sharded
 from workers.kv_cache import KvCache
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from workers.group.partition import Share
+    from workers.kv_cache import KvDtype
     from workers.weights.checkpoint import Checkpoint
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -44,10 +44,10 @@ class FastPart:
     """By the CPU kernels (`fast` mode)."""
 
     def __init__(
-        self, checkpoint: Sharded, kv_blocks: int, threads: int, max_rows: int, combine: Combine
+        self, checkpoint: Sharded, cache: KvCache, threads: int, max_rows: int, combine: Combine
     ) -> None:
-        self.cache = KvCache(checkpoint.shape, kv_blocks, KV_DTYPE)
-        self._model = FastModel(checkpoint, self.cache, Pool(threads), max_rows, combine)
+        self.cache = cache
+        self._model = FastModel(checkpoint, cache, Pool(threads), max_rows, combine)
 
     def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
         model, rows = self._model, len(x)
@@ -64,19 +64,21 @@ def load_part(
     share: Share,
     *,
     mode: str,
+    kv_dtype: KvDtype,
     kv_blocks: int,
     threads: int,
     max_rows: int,
     combine: Combine,
 ) -> Part:
-    """`combine` sums a flat float32 array over the ranks, in place."""
+    """`kv_dtype` is `fast` mode's. `combine` sums a flat float32 array over the ranks, in place."""
     sharded = Sharded(checkpoint, share)
 
     def whole(part: Array) -> None:
         combine(part.reshape(-1))
 
     if mode == "fast":
-        return FastPart(sharded, kv_blocks, threads, max_rows, whole)
+        cache = KvCache(sharded.shape, kv_blocks, kv_dtype)
+        return FastPart(sharded, cache, threads, max_rows, whole)
     from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
 
     keep_freed_memory()

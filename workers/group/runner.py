@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from workers.group.part import Part
     from workers.group.partition import Share
     from workers.group.words import Order
+    from workers.kv_cache import KvDtype
     from workers.runner import Sampled, Wishes
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -52,6 +53,7 @@ class GroupOptions:
     """How a group computes."""
 
     mode: Literal["fast", "exact"]
+    kv_dtype: KvDtype  # of `fast` mode
     quantize: Literal["int4", "int8"] | None
     path: str  # of the model
     kv_blocks: int
@@ -83,7 +85,7 @@ class GroupRunner:
         checkpoint = self._checkpoint = open_checkpoint(Path(options.path), options.quantize)
         self._shape = checkpoint.shape
         self.vocab = self._shape.vocab
-        dtype = "float16" if options.mode == "fast" else "float32"
+        dtype = options.kv_dtype if options.mode == "fast" else "float32"
         self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
         self._embedder = Embedder(checkpoint)
         self._norm = checkpoint.array("model.norm.weight")
@@ -208,6 +210,7 @@ class GroupRunner:
                 self._checkpoint,
                 self._shares[0],
                 mode=options.mode,
+                kv_dtype=options.kv_dtype,
                 kv_blocks=options.kv_blocks,
                 threads=options.threads,
                 max_rows=options.max_rows,
@@ -230,6 +233,7 @@ class GroupRunner:
             share=self._shares[rank],
             ways=ways,
             mode=options.mode,
+            kv_dtype=options.kv_dtype,
             quantize=options.quantize,
             path=options.path,
             kv_blocks=options.kv_blocks,

@@ -9,6 +9,7 @@ from msgspec.msgpack import Decoder
 
 from scheduler.request import TokenIds
 from workers.group.partition import Share
+from workers.kv_cache import KvDtype
 
 
 class Word(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -65,6 +66,7 @@ class Form(Word, frozen=True):
     share: Share
     ways: tuple[tuple[int, str], ...]  # (up to so many bytes, the allreduce to use), ascending
     mode: Literal["fast", "exact"]
+    kv_dtype: KvDtype
     quantize: Literal["int4", "int8"] | None
     path: str  # of the model, on rank 0's disk
     kv_blocks: int
