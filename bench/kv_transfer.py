@@ -1,9 +1,10 @@
 """How fast a KV cache gets from one worker to another, and how much of that hides behind prefill.
 
-    python bench/kv_transfer.py [--tiny] [--json] [--only tcp,hidden] [--threads N]
+    python bench/kv_transfer.py [--tiny] [--json] [--only rates,hidden] [--threads N]
 
-- tcp: KV of SmolLM2-135M in float16 over loopback, one stream, checksums included, sender and
-  receiver together on one core; bytes per second of their CPU time, and of time.
+- rates: KV of SmolLM2-135M in float16, one stream, over loopback TCP and through shared memory,
+  checksums included, sender and receiver together on one core: bytes per second of their CPU time,
+  and by the clock.
 - hidden: SmolLM2 computes prompts of 512 and 2,000 tokens and pushes them over an emulated link of
   1 Gbit/s (network namespaces and tc; needs root): the share of the transfer that is over when the
   prompt is computed, and the time to the first token beside no push at all.
@@ -26,6 +27,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 from kv_ends import SECRET, Sink, cpu_s, decode_worker, job_of, looping
 
 from scheduler.blocks import blocks_for
@@ -33,6 +35,7 @@ from scheduler.messages import FirstToken
 from workers.build import EngineOptions, build, find
 from workers.held import Held
 from workers.kv_send import KvSender
+from workers.kv_wire import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,14 +68,15 @@ class Figure(msgspec.Struct, frozen=True):
 # ── rates ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def tcp(args: argparse.Namespace) -> list[Figure]:
+def rates(args: argparse.Namespace) -> list[Figure]:
     tokens, runs = (200, 3) if args.tiny else (TOKENS, RUNS)
     with one_core(), decode_worker("127.0.0.1", blocks_for(tokens + 1), "float16") as (peer, pid):
-        return [asyncio.run(stream(peer, pid, tokens, runs, "tcp", 1.0))]
+        ways = (("tcp", False, 1.0), ("memory", True, 3.0))
+        return [asyncio.run(stream(peer, pid, tokens, runs, *way)) for way in ways]
 
 
 async def stream(
-    peer: Peer, pid: int, tokens: int, runs: int, name: str, least: float
+    peer: Peer, pid: int, tokens: int, runs: int, name: str, share: bool, least: float
 ) -> Figure:
     """Push a prompt's KV again and again."""
     cache = Sink(blocks_for(tokens), "float16").cache
@@ -81,7 +85,7 @@ async def stream(
     async def computed() -> Held:
         return held
 
-    sender = KvSender("bench", "bench", cache, SECRET)
+    sender = KvSender("bench", "bench", cache, SECRET, Limits(share=share))
     walls, cpus = [], []
     for _ in range(runs + 1):
         async with sender.reserve(job_of([97] * tokens), peer) as lease:
@@ -130,10 +134,13 @@ async def hidden_of(engine: Engine, peer: Peer, runs: int) -> list[Figure]:
         sender = KvSender("bench", "bench", engine.runner.cache, SECRET)
         for length in PROMPTS:
             timed = [
-                [await hand_over(loop, sender, peer, length, seed, early=early) for early in (1, 0, 2)]
+                [
+                    await hand_over(loop, sender, peer, length, seed, early=early)
+                    for early in (1, 0, 2)
+                ]
                 for seed in range(runs + 1)
             ][1:]
-            early, late, none = (list(zip(*column)) for column in zip(*timed))
+            early, late, none = (np.array(column).T for column in zip(*timed, strict=True))
             rest, whole = median(early[1]), median(late[1])
             detail = (
                 f"{1000 * rest:.0f} ms of {1000 * whole:.0f} ms after a prefill of "
@@ -194,7 +201,10 @@ def slow_link() -> Iterator[str]:
         yield far
 
 
-MEASURES: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {"tcp": tcp, "hidden": hidden}
+MEASURES: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
+    "rates": rates,
+    "hidden": hidden,
+}
 
 
 def main() -> int:

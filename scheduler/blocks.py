@@ -52,7 +52,9 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; the caller has checked `free`."""
         assert count <= self.free, f"{count} blocks asked for, {self.free} free"
-        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        taken = sorted(
+            self._blank.pop() if self._blank else self._evict() for _ in range(count)
+        )  # neighbours are read, written and sent in one piece
         for block in taken:
             self._references[block] = 1
         return taken

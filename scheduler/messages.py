@@ -279,14 +279,26 @@ class Reserve(Wire, frozen=True):
     prefill: str  # name of the worker that asks
     fingerprint: str
     lease_s: float
+    host: str = ""  # which others must be on to share memory with the sender; empty: none can
     checksums: tuple[str, ...] = ()  # that it can compute, best first; none: it knows no Again
     seal: int | None = None  # checksum of all else (workers/kv_wire)
+
+
+class KvMemory(msgspec.Struct, frozen=True):
+    """The receiver's memory for one connection, found by way of /proc (workers/kv_memory)."""
+
+    process: int
+    descriptor: int
+    slots: int
+    slot_bytes: int
+    nonce: bytes  # what it begins with
 
 
 class Reserved(Wire, frozen=True):
     id: str
     epoch: int
     checksum: str = ""  # of those that the sender knows; none: whole layers, unchecked, no Again
+    memory: KvMemory | None = None  # where chunks may be put instead of sent
 
 
 class KvPart(msgspec.Struct, frozen=True, array_like=True):
@@ -311,7 +323,14 @@ class KvBlocks(Wire, frozen=True):
     dtype: str  # numpy's name: float32, float16
     codec: str  # "raw"
     first_token: int = 0
+    slot: int | None = None  # of the shared memory: that is where the bytes are, and not here
     checksum: int | None = None  # of the payload and of all else here
+
+
+class Taken(Wire, frozen=True):
+    """This slot of the shared memory has been read and may be written."""
+
+    slot: int
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -348,5 +367,5 @@ Handshake: TypeAlias = Challenge | Answer | Welcome | Refused
 FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed | Tokenised | Leaving
 FromRouter: TypeAlias = Joined | Submit | Tokenise | Cancel | Refused
 ToDecode: TypeAlias = Reserve | KvBlocks | Commit
-FromDecode: TypeAlias = Reserved | Again | Committed | Refused
+FromDecode: TypeAlias = Reserved | Taken | Again | Committed | Refused
 Anything: TypeAlias = Handshake | FromWorker | FromRouter | ToDecode | FromDecode

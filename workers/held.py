@@ -29,7 +29,6 @@ class Ready:
     end: int
     layers: int  # that have the tokens up to `end`
 
-    @property
     def current(self) -> bool:
         """False once the sequence was preempted: its blocks may already hold another's tokens."""
         return self.sequence.blocks is self.blocks

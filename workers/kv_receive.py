@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,10 @@ from scheduler.messages import (
     Refused,
     Reserve,
     Reserved,
+    Taken,
 )
-from workers.kv_wire import checksum, common, intact, parts_of
+from workers.kv_memory import SLOTS, OwnMemory, host
+from workers.kv_wire import Checksum, common, intact, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +48,9 @@ class Arrival:
         self._kind = kind  # of the checksums; empty: the sender knows none
         self._whole = np.zeros((cache.layers, tokens), bool)
 
-    async def take(self, connection: Connection, message: KvBlocks) -> None:
+    async def take(
+        self, connection: Connection, memory: OwnMemory | None, message: KvBlocks
+    ) -> None:
         """Receive one chunk into its place. A damaged one is as good as none.
 
         Raises ProtocolError if the sender cannot be asked again.
@@ -60,9 +65,15 @@ class Arrival:
         place = self._whole[layers.start : layers.stop, tokens.start : tokens.stop]
         place[:] = False
         views = self._cache.views(self._blocks, tokens, layers)
-        await connection.receive_into(views)
+        checksum = Checksum(self._kind, message)
+        if memory and message.slot is not None:
+            memory.read(message.slot, views, checksum.see)
+        else:
+            await connection.receive_into(views)
+            for view in views:
+                checksum.see(view)
         self.bytes_received += sum(view.nbytes for view in views)
-        place[:] = not self._kind or checksum(self._kind, message, views) == message.checksum
+        place[:] = not self._kind or checksum.value == message.checksum
         self.damaged += not place.all()
 
     def completed(self, commit: Commit) -> bool:
@@ -93,6 +104,8 @@ class Arrival:
             return f"KV of {theirs} where {ours} was reserved"
         if not self._kind and (message.first_token, message.tokens) != (0, tokens):
             return f"KV of {message.tokens} tokens where {tokens} were reserved"
+        if message.slot not in (None, *range(SLOTS)):
+            return f"slot {message.slot} of {SLOTS}"
         last_layer = message.first_layer + message.layers
         last_token = message.first_token + message.tokens
         if not 0 <= message.first_layer <= last_layer <= layers:
@@ -108,6 +121,17 @@ def _gap(whole: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int, int]:
     return (int(lacking[0]), int(lacking[-1]) + 1) if len(lacking) else (0, 0)
 
 
+def _memory_for(reserve: Reserve) -> OwnMemory | None:
+    """Memory to share with this sender, if it can share any."""
+    if not reserve.host or reserve.host != host() or not common(reserve.checksums):
+        return None
+    try:
+        return OwnMemory()
+    except OSError as error:
+        logger.warning("no memory to share with %s: %s", reserve.prefill, error)
+        return None
+
+
 class KvReceiver:
     """`serve` handles one connection from one prefill worker."""
 
@@ -121,14 +145,18 @@ class KvReceiver:
 
     async def serve(self, connection: Connection) -> None:
         """Take hand-overs until the connection ends."""
-        while True:
-            reserve = await connection.expect(Reserve)
-            try:
-                await self._take(connection, reserve)
-            except (HandoffFailed, BadRequest, TimeoutError) as error:
-                logger.warning("job %s from %s: %s", reserve.job.id, reserve.prefill, error)
-                await connection.send(Refused(str(error) or "the lease ran out"))
-                return
+        with ExitStack() as stack:
+            memory: OwnMemory | None = None
+            while True:
+                reserve = await connection.expect(Reserve)
+                if memory is None and (memory := _memory_for(reserve)):
+                    stack.callback(memory.close)
+                try:
+                    await self._take(connection, memory, reserve)
+                except (HandoffFailed, BadRequest, TimeoutError) as error:
+                    logger.warning("job %s from %s: %s", reserve.job.id, reserve.prefill, error)
+                    await connection.send(Refused(str(error) or "the lease ran out"))
+                    return
 
     def cancel(self, key: Key) -> bool:
         """Stop receiving a job. False if none is under way.
@@ -139,7 +167,9 @@ class KvReceiver:
         task = self._receiving.get(key)
         return task.cancel() if task else False
 
-    async def _take(self, connection: Connection, reserve: Reserve) -> None:
+    async def _take(
+        self, connection: Connection, memory: OwnMemory | None, reserve: Reserve
+    ) -> None:
         """One hand-over. Whatever goes wrong, its blocks are free when this returns."""
         job = reserve.job
         key = (job.id, job.epoch)
@@ -156,10 +186,10 @@ class KvReceiver:
         try:
             kind = common(reserve.checksums)
             sequence = await self._grant(reserve, first)
-            await connection.send(Reserved(*key, kind))
+            await connection.send(Reserved(*key, kind, memory.place if memory else None))
             arrival = Arrival(key, self._cache, sequence.blocks, len(sequence.tokens), kind)
             async with asyncio.timeout(reserve.lease_s):
-                commit = await self._receive(connection, first, arrival)
+                commit = await self._receive(connection, memory, first, arrival)
             self.bytes_received += arrival.bytes_received
             self.damaged += arrival.damaged
             del self._receiving[key]  # nothing is written any more: a cancel is the engine's now
@@ -192,6 +222,7 @@ class KvReceiver:
     async def _receive(
         self,
         connection: Connection,
+        memory: OwnMemory | None,
         first: asyncio.Task[tuple[Wire, int]],
         arrival: Arrival,
     ) -> Commit:
@@ -199,7 +230,9 @@ class KvReceiver:
         message, _ = await first
         while True:
             if isinstance(message, KvBlocks):
-                await arrival.take(connection, message)
+                await arrival.take(connection, memory, message)
+                if message.slot is not None:
+                    await connection.send(Taken(message.slot))
             elif isinstance(message, Commit):
                 if arrival.completed(message):
                     return message

@@ -18,8 +18,6 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from scheduler.errors import HandoffFailed, ProtocolError
 from scheduler.messages import (
     Address,
@@ -32,11 +30,13 @@ from scheduler.messages import (
     Reserve,
     Reserved,
 )
-from scheduler.transport import Connection, dial
-from workers.kv_wire import CHECKSUMS, Limits, checksum, chunks, parts_of, seal
+from scheduler.transport import dial
+from workers.kv_link import Link
+from workers.kv_memory import host
+from workers.kv_wire import CHECKSUMS, Limits, chunks, parts_of, seal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
     from typing import Any
 
     from scheduler.messages import Peer
@@ -50,13 +50,11 @@ ROUNDS = 3  # commits before a peer that misses something each time is given up
 class Lease:
     """Blocks held at the decode worker for one job."""
 
-    def __init__(
-        self, connection: Connection, job: Job, cache: KvCache, kind: str, limits: Limits
-    ) -> None:
+    def __init__(self, link: Link, job: Job, cache: KvCache, kind: str, limits: Limits) -> None:
         self.committed = False
-        self.bytes_sent = 0
-        self.bytes_early = 0  # of those, before the prompt was computed
-        self._connection = connection
+        self.bytes_early = 0  # sent before the prompt was computed
+        self._link = link
+        self._before = link.bytes_sent
         self._job = job
         self._cache = cache
         self._kind = kind  # of the checksums; empty: the peer takes whole layers only
@@ -64,6 +62,10 @@ class Lease:
         self._sent = [0] * cache.layers  # tokens of each layer
         self._ready: Ready | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._link.bytes_sent - self._before
 
     def watch(self, ready: Ready) -> None:
         """More of the prompt is computed."""
@@ -100,7 +102,7 @@ class Lease:
             return
         for part in parts:
             for chunk in chunks(part, width):
-                if not await self._send(chunk, ready.blocks, ready):
+                if not await self._send(chunk, ready.blocks, ready.current):
                     return
                 for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
                     self._sent[layer] = chunk.first_token + chunk.tokens
@@ -117,10 +119,10 @@ class Lease:
         for _ in range(ROUNDS):
             for part in parts:
                 for chunk in chunks(part, self._cache.token_bytes) if self._kind else (part,):
-                    await self._send(chunk, held.blocks)
+                    await self._send(chunk, held.blocks, lambda: True)
             async with asyncio.timeout(self._limits.push_s):
-                await self._connection.send(commit)
-                answer, _ = await self._connection.receive()
+                await self._link.connection.send(commit)
+                answer = await self._link.answer()
             if not isinstance(answer, Again):
                 break
             parts = answer.parts
@@ -129,8 +131,8 @@ class Lease:
             raise ProtocolError(f"the answer to a commit was: {reason}")
         self.committed = True
 
-    async def _send(self, part: KvPart, blocks: list[int], ready: Ready | None = None) -> bool:
-        """Send one chunk; False if it is `ready` no more, and was not sent."""
+    async def _send(self, part: KvPart, blocks: list[int], current: Callable[[], bool]) -> bool:
+        """Send one chunk; False if it is `current` no more, and was not sent."""
         cache = self._cache
         message = KvBlocks(
             id=self._job.id,
@@ -147,15 +149,8 @@ class Lease:
         layers = range(part.first_layer, part.first_layer + part.layers)
         tokens = range(part.first_token, part.first_token + part.tokens)
         views = cache.views(blocks, tokens, layers)
-        if self._kind:
-            value = checksum(self._kind, message, views)
-            message = msgspec.structs.replace(message, checksum=value)
-        if ready and not ready.current:
-            return False  # what was summed up may be another's; what changes later, the sum shows
         async with asyncio.timeout(self._limits.push_s):
-            await self._connection.send(message, views)
-        self.bytes_sent += sum(view.nbytes for view in views)
-        return True
+            return await self._link.send(message, views, self._kind, current)
 
 
 class KvSender:
@@ -175,50 +170,55 @@ class KvSender:
         self._cache = cache
         self._secret = secret
         self._limits = limits
-        self._idle: dict[Address, list[Connection]] = {}
+        self._idle: dict[Address, list[Link]] = {}
 
     @asynccontextmanager
     async def reserve(self, job: Job, peer: Peer) -> AsyncIterator[Lease]:
         """Hold blocks at the peer while the context is open. Raises HandoffFailed, inside too."""
-        connection: Connection | None = None
-        limits = self._limits
+        link: Link | None = None
         try:
-            connection = await self._connect(peer.address)
-            ask = Reserve(job, self._name, self._fingerprint, limits.lease_s, CHECKSUMS)
-            await connection.send(seal(ask))
-            async with asyncio.timeout(limits.reserve_s):
-                reserved = await connection.expect(Reserved)
-            lease = Lease(connection, job, self._cache, reserved.checksum, limits)
+            link = await self._connect(peer.address)
+            lease = await self._ask(link, job)
             yield lease
         except (OSError, TimeoutError, ProtocolError) as error:
-            _close(connection)
+            _close(link)
             raise HandoffFailed(f"{peer.name} did not take the KV cache: {error!r}") from error
         except BaseException:
-            _close(connection)
+            _close(link)
             raise
         self.bytes_sent += lease.bytes_sent
         if lease.committed:
-            self._idle.setdefault(peer.address, []).append(connection)
+            self._idle.setdefault(peer.address, []).append(link)
         else:
-            connection.close()  # with it ends the lease
+            link.close()  # with it ends the lease
 
     def close(self) -> None:
-        for connections in self._idle.values():
-            for connection in connections:
-                connection.close()
+        for links in self._idle.values():
+            for link in links:
+                link.close()
         self._idle.clear()
 
-    async def _connect(self, address: Address) -> Connection:
-        """A kept connection that is still open, else a new one."""
+    async def _ask(self, link: Link, job: Job) -> Lease:
+        limits = self._limits
+        place = host() if limits.share else ""
+        ask = Reserve(job, self._name, self._fingerprint, limits.lease_s, place, CHECKSUMS)
+        await link.connection.send(seal(ask))
+        async with asyncio.timeout(limits.reserve_s):
+            reserved = await link.connection.expect(Reserved)
+        link.share(reserved.memory)
+        return Lease(link, job, self._cache, reserved.checksum, limits)
+
+    async def _connect(self, address: Address) -> Link:
+        """A kept link that is still open, else a new one."""
         kept = self._idle.get(address, [])
         while kept:
-            connection = kept.pop()
-            if connection.alive:
-                return connection
-            connection.close()
-        return await dial(address.host, address.port, self._secret)
+            link = kept.pop()
+            if link.connection.alive:
+                return link
+            link.close()
+        return Link(await dial(address.host, address.port, self._secret))
 
 
-def _close(connection: Connection | None) -> None:
-    if connection:
-        connection.close()
+def _close(link: Link | None) -> None:
+    if link:
+        link.close()

@@ -18,9 +18,9 @@ import msgspec
 from scheduler.messages import Commit, KvBlocks, KvPart, Reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 # Best first. xxhash is of the `engine` extra; a worker without a model may be without it.
 CHECKSUMS = ("xxh3", "crc32") if find_spec("xxhash") else ("crc32",)
 
@@ -29,12 +29,13 @@ Sealed = TypeVar("Sealed", Reserve, Commit)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long the ends of a hand-over wait for each other, in seconds, and for how much."""
+    """How the ends of a hand-over deal with each other."""
 
     reserve_s: float = 120.0  # a decode pool that is full for longer is better replaced by a replay
     lease_s: float = 120.0  # from Reserved to Commit: the prefill of a long prompt on a slow node
     push_s: float = 60.0  # one chunk, or the answer to a Commit
     early_bytes: int = 256 << 10  # less than this waits for more, or for the end of the prompt
+    share: bool = True  # memory, with a decode worker of this host
 
 
 def common(theirs: Iterable[str]) -> str:
@@ -42,20 +43,27 @@ def common(theirs: Iterable[str]) -> str:
     return next((kind for kind in CHECKSUMS if kind in theirs), "")
 
 
-def checksum(kind: str, message: KvBlocks, payload: Sequence[memoryview]) -> int:
-    """Of a chunk's header, its own checksum left out, and then of its payload."""
-    head = msgspec.msgpack.encode(msgspec.structs.replace(message, checksum=None))
-    if kind == "xxh3":
-        from xxhash import xxh3_64
+class Checksum:
+    """Of a chunk: its header, the checksum itself left out, and then its bytes as they are seen."""
 
-        state = xxh3_64(head)
-        for view in payload:
-            state.update(view)
-        return state.intdigest()
-    value = zlib.crc32(head)
-    for view in payload:
-        value = zlib.crc32(view, value)
-    return value
+    def __init__(self, kind: str, message: KvBlocks) -> None:
+        head = msgspec.msgpack.encode(msgspec.structs.replace(message, checksum=None))
+        self._crc = zlib.crc32(head)
+        self._xxh3 = None
+        if kind == "xxh3":
+            from xxhash import xxh3_64
+
+            self._xxh3 = xxh3_64(head)
+
+    def see(self, view: memoryview) -> None:
+        if self._xxh3:
+            self._xxh3.update(view)
+        else:
+            self._crc = zlib.crc32(view, self._crc)
+
+    @property
+    def value(self) -> int:
+        return self._xxh3.intdigest() if self._xxh3 else self._crc
 
 
 def seal(message: Sealed) -> Sealed:

@@ -9,6 +9,7 @@ import asyncio
 import random
 import struct
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
@@ -128,7 +129,8 @@ async def faulty_hand_over(make_engine, wire_fault: str, seed: int):
     """(prefill, decode, wire, peer, sender): two workers, and what stands between them."""
     prefill, decode = Side(make_engine(max_step_tokens=20)), Side(make_engine())
     receiver = KvReceiver("model", decode.engine.runner.cache, decode.loop)
-    sender = KvSender("p", "model", prefill.engine.runner.cache, SECRET, LIMITS)
+    limits = replace(LIMITS, share=seed % 2 == 0)
+    sender = KvSender("p", "model", prefill.engine.runner.cache, SECRET, limits)
     async with AsyncExitStack() as stack:
         for side in (prefill, decode):
             task = asyncio.create_task(side.loop.run())

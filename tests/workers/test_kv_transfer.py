@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -26,6 +28,7 @@ from scheduler.messages import (
 from scheduler.transport import dial, listen
 from workers.engine_loop import EngineLoop
 from workers.fake import FakeOptions, FakeRunner
+from workers.kv_memory import host
 from workers.kv_receive import KvReceiver
 from workers.kv_send import KvSender
 from workers.kv_wire import Limits
@@ -129,6 +132,11 @@ def answer(engine, job) -> list:
     return said(outputs)
 
 
+def shares_memory() -> bool:
+    maps = Path("/proc/self/maps")  # of Linux
+    return maps.exists() and "memfd:motley-kv" in maps.read_text()
+
+
 def said(outputs) -> list:
     """What the client sees of them, in order."""
     return sorted((o.choice, o.position, o.ids, o.text, o.finish) for o in outputs)
@@ -137,16 +145,18 @@ def said(outputs) -> list:
 # ── the straight way ────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("share", [True, False], ids=["shared memory", "network"])
 @pytest.mark.parametrize("choices", [(0,), (0, 1, 2)])
-async def test_two_workers_give_what_one_gives(linked, make_engine, make_job, choices):
+async def test_two_workers_give_what_one_gives(linked, make_engine, make_job, choices, share):
     job = make_job(ids=PROMPT, choices=choices, ignore_eos=True, max_tokens=20)
-    async with linked() as link:
+    async with linked(limits=replace(LIMITS, share=share)) as link:
         await link.hand_over(job)
         await link.decode.finished()
         outputs = link.prefill.outputs + link.decode.outputs
         assert said(outputs) == answer(make_engine(), job)
         size = 26 * 2 * 2 * 4  # tokens · layers · key and value · bytes
         assert (link.sender.bytes_sent, link.receiver.bytes_received) == (size, size)
+        assert shares_memory() is (share and bool(host()))
 
 
 class Layered(FakeRunner):
