@@ -190,6 +190,8 @@ class Generation:
             instructions.append(Deliver(due))
         if all(self.ledgers[choice].finished for choice in attempt.choices):
             del self.attempts[output.epoch]
+            # The other end of the hand-over may not know yet, or never hear, that it is over.
+            instructions += self._cancels(output.epoch, attempt.workers - {attempt.owner})
         if not self.attempts:
             instructions += self._end(Outcome.FINISHED)
         return instructions

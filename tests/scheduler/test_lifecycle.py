@@ -96,7 +96,7 @@ def test_a_split_request_from_start_to_end():
 
 
 def test_choices_end_one_by_one_and_the_request_with_the_last():
-    generation = accepted(0, 1)
+    generation = accepted(0, 1, route=WHOLE)
     assert generation.output(last(1, 0, choice=1)) == [Deliver(last(1, 0, choice=1))]
     assert generation.output(last(1, 0)) == [Deliver(last(1, 0)), End()]
 
@@ -109,6 +109,7 @@ def test_a_second_token_that_overtakes_the_first_waits_for_it():
         Deliver(out(1, 0)),
         Deliver(out(1, 1)),
         Deliver(last(1, 2)),
+        Send("p", Cancel("r", 1)),
         End(),
     ]
 
@@ -123,6 +124,26 @@ def test_a_token_said_twice_is_given_once():
 def test_started_is_said_once():
     generation = accepted()
     assert generation.accepted(1, IDS) == []
+
+
+def test_an_answer_that_ends_with_its_first_token_ends_the_decode_workers_lease():
+    generation = accepted()
+    assert generation.output(last(1, 0)) == [
+        Deliver(last(1, 0)),
+        Send("d", Cancel("r", 1)),
+        End(),
+    ]
+
+
+def test_a_prefill_worker_that_never_heard_of_the_hand_over_is_told_that_all_is_over():
+    """Between the two the network parted after the KV had arrived."""
+    generation = accepted()
+    generation.output(out(1, 0))
+    assert generation.output(last(1, 1)) == [
+        Deliver(last(1, 1)),
+        Send("p", Cancel("r", 1)),
+        End(),
+    ]
 
 
 # ── what ends it ────────────────────────────────────────────────────────────────────────────────
