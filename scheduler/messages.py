@@ -103,6 +103,7 @@ class Join(Wire, frozen=True):
     kv_blocks: int
     rates: Rates
     pid: int
+    numbers: str = ""  # mode, weights and KV cache: equal within a model; unknown of older workers
 
 
 class Load(Wire, frozen=True):

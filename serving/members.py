@@ -170,11 +170,19 @@ class Members:
 
     def _objection(self, join: Join) -> str | None:
         """Why this worker may not join, or None."""
-        for other in self.of(join.model):
-            if other.join.fingerprint != join.fingerprint and other.join.name != join.name:
+        for other in (member.join for member in self.of(join.model)):
+            if other.name == join.name:
+                continue
+            if other.numbers and join.numbers and other.numbers != join.numbers:
+                return (
+                    f"it computes {join.model!r} in {join.numbers}, which differs from "
+                    f"{other.name}'s {other.numbers}. Start it with the same file, --mode, "
+                    "--quantize and --kv-dtype, or under another model name."
+                )
+            if other.fingerprint != join.fingerprint:
                 return (
                     f"its tokenizer, template or shape of {join.model!r} differs from "
-                    f"{other.join.name}'s. Start it from the same model files."
+                    f"{other.name}'s. Start it from the same model files."
                 )
         return None
 

@@ -164,6 +164,7 @@ class FakeRunner:
     ) -> None:
         self.cache = KvCache(SHAPE, blocks)
         self.vocab = SHAPE.vocab
+        self.numbers = "fake"
         self._options = options
         self._sleep = sleep
 

@@ -34,6 +34,7 @@ class FastRunner:
         kv_dtype: KvDtype = "float16",
     ) -> None:
         self.vocab = checkpoint.shape.vocab
+        self.numbers = f"fast mode, weights {checkpoint.quantisation}"
         self.cache = KvCache(checkpoint.shape, kv_blocks, kv_dtype)
         self.model = FastModel(checkpoint, self.cache, Pool(threads), max_rows)
         self._sampler = Sampler()

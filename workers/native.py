@@ -34,6 +34,7 @@ class NativeRunner:
         torch.set_num_threads(threads)
         self.model = Model(checkpoint)
         self.vocab = self.model.shape.vocab
+        self.numbers = f"exact mode, weights {checkpoint.quantisation}"
         self.cache = KvCache(self.model.shape, kv_blocks)
         self._cache = torch.from_numpy(self.cache.data)  # the same memory
         self._sampler = Sampler()

@@ -57,6 +57,7 @@ class Runner(Protocol):
 
     cache: KvCache
     vocab: int  # V: token ids are 0 to V - 1
+    numbers: str  # mode and weights in words, equal where two of them may be interchanged
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """The draws of each slice, in order: one a choice, then one after each draft token.

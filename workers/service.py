@@ -121,7 +121,7 @@ class WorkerService:
 
     def introduction(self, host: str) -> Join:
         """See Host.introduction."""
-        config, text = self._config, self._engine.text
+        config, text, runner = self._config, self._engine.text, self._engine.runner
         return Join(
             name=config.name,
             model=config.model,
@@ -132,6 +132,7 @@ class WorkerService:
             kv_blocks=self._engine.batcher.pool.size,
             rates=self._rates,
             pid=os.getpid(),
+            numbers=f"{runner.numbers}, {runner.cache.dtype} KV",
         )
 
     def load(self, membership: Membership) -> Load:

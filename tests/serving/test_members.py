@@ -137,6 +137,18 @@ async def test_another_fingerprint_is_refused_unless_it_is_the_same_worker(routi
         assert len(router.members.of()) == 2
 
 
+async def test_other_numbers_are_refused_and_unknown_ones_of_an_older_worker_are_not(routing):
+    async with routing() as router:
+        await router.join(numbers="fast mode, weights 9 Q4_1")
+        stranger = await dial(*router.address, SECRET)
+        await stranger.send(introduction("b", numbers="fast mode, weights 9 Q8_0"))
+        with pytest.raises(ProtocolError, match=r"9 Q8_0, which differs from a's .* 9 Q4_1"):
+            await stranger.expect(Joined)
+        stranger.close()
+        await router.join("c")
+        assert {member.join.name for member in router.members.of()} == {"a", "c"}
+
+
 async def test_whoever_does_not_introduce_itself_is_left(routing):
     async with routing() as router:
         stranger = await dial(*router.address, SECRET)

@@ -342,24 +342,33 @@ def test_without_the_library_a_worker_runs_exactly_and_says_so_once(folder, tmp_
 
 
 @kernels
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"mode": "exact", "quantize": "int4"}, "in exact mode, .* differs from a's fast mode"),
+        ({"quantize": "int8"}, "int8 of 29 F32, .* differs from a's fast mode, weights int4"),
+        ({"quantize": "int4", "kv_dtype": "int8"}, "int8 KV, which .* float16 KV"),
+        ({}, "weights 29 F32, .* differs from a's"),
+    ],
+)
 @pytest.mark.asyncio
-async def test_workers_of_both_modes_do_not_join_one_pool(engine, until):
-    members, secret = Members(), b"of this test"
+async def test_workers_whose_numbers_differ_do_not_join_one_pool(folder, until, options, why):
+    members, secret, path = Members(), b"of this test", folder("Llama")
 
     async with listen("127.0.0.1", 0, secret, members.serve) as bound:
 
-        def start(name, runner):
+        def start(name, **options):
             config = WorkerConfig(name, "m", Role.MIXED, (Address(*bound),), secret, "127.0.0.1")
-            service = WorkerService(config, engine(runner=runner), Rates(1.0, 1.0))
+            service = WorkerService(config, built(path, **options), Rates(1.0, 1.0))
             return asyncio.create_task(service.run())
 
-        first = start("a", FastRunner)
+        first = start("a", quantize="int4")
         second, stranger = None, None
         try:
             await until(lambda: members.get("a"))
-            second, stranger = start("b", FastRunner), start("c", NativeRunner)
+            second, stranger = start("b", quantize="int4"), start("c", **options)
             await until(lambda: members.get("b"))
-            with pytest.raises(SetupError, match="differs from"):
+            with pytest.raises(SetupError, match=why):
                 await asyncio.wait_for(stranger, 10)
             assert not members.get("c")
         finally:

@@ -85,6 +85,7 @@ class GroupRunner:
         checkpoint = self._checkpoint = open_checkpoint(Path(options.path), options.quantize)
         self._shape = checkpoint.shape
         self.vocab = self._shape.vocab
+        self.numbers = f"{options.mode} mode, weights {checkpoint.quantisation}"
         dtype = options.kv_dtype if options.mode == "fast" else "float32"
         self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
         self._embedder = Embedder(checkpoint)

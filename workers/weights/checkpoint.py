@@ -49,6 +49,7 @@ class Weights(Protocol):
 class Checkpoint(Weights, Protocol):
     """A model on disk."""
 
+    quantisation: str  # how its weights are stored and rounded: equal where their numbers may be
     chat_template: str | None  # Jinja source
     eos_ids: frozenset[int]  # any of them ends an answer
     special_tokens: dict[str, str]  # what a template may name: bos_token, eos_token, …

@@ -13,6 +13,7 @@ from workers.weights.gguf_header import StoredTensor, read_gguf
 from workers.weights.gguf_names import by_our_names
 from workers.weights.gguf_shape import read_shape
 from workers.weights.gguf_tokenizer import build_tokenizer
+from workers.weights.quantise import tally
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +59,7 @@ class GgufFile:
         self.chat_template: str | None = self._metadata.get("tokenizer.chat_template")
         families.check_shape(path, self.shape)
         families.check_tensors(path, self.shape, dims)
+        self.quantisation = tally(tensor.kind.name for tensor in self._tensors.values())
 
     @property
     def names(self) -> tuple[str, ...]:

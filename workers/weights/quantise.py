@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from workers.weights.gguf_header import StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,6 +48,12 @@ def quantise(weights: Array, kind: GGMLQuantizationType) -> StoredTensor:
         packed.append(pack(chunk))
     data = np.concatenate(packed).reshape(len(weights), -1)
     return StoredTensor(kind, (weights.shape[0], weights.shape[1]), data)
+
+
+def tally(kinds: Iterable[str]) -> str:
+    """Kinds of tensors with how many there are of each, the commonest first."""
+    counts = sorted(Counter(kinds).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in counts)
 
 
 def _q8_0(blocks: Array) -> Array:

@@ -45,6 +45,7 @@ class SafetensorsFile:
         header.pop("__metadata__", None)
         self._places = msgspec.convert(header, dict[str, _Place])
         self.dims = {name: place.shape for name, place in self._places.items()}
+        self.kinds = {name: place.dtype for name, place in self._places.items()}
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A contiguous copy. Raises ValueError unless it is floats of 16 bits or more."""

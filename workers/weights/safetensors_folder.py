@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from scheduler.errors import SetupError
 from workers.weights import families
 from workers.weights.hf_config import Config, Ids, read_shape
-from workers.weights.quantise import BLOCK, KINDS, Quantize, quantise
+from workers.weights.quantise import BLOCK, KINDS, Quantize, quantise, tally
 from workers.weights.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ class SafetensorsFolder:
         with contextlib.ExitStack() as files:
             self._open_weights(files)
             self._files = files.pop_all()
+        places = [self._weights[name] for name in self.names]  # an export may hold more
+        kinds = tally(file.kinds[name] for file, name in places)
+        self.quantisation = f"{quantize} of {kinds}" if quantize else kinds
 
     @property
     def names(self) -> tuple[str, ...]:
