@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.errors import SetupError
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from workers.build import EngineOptions, GroupSpec, Model
+    from workers.group.part import Means
 
 logger = logging.getLogger("motley")
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, CLUSTER_PORT = 8000, 8100
 MAX_PORT = 65535
+SIZES = {"MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 
 SERVE_EXAMPLES = """\
 MODEL is a known name (smollm2), a GGUF file, a folder of safetensors, or a Hugging Face repository
@@ -97,6 +100,7 @@ def _serve(options: argparse.Namespace) -> None:
             threads=options.threads or max(1, (os.cpu_count() or 1) // processes),
             arguments=_passed_on(options),
             ranks=options.group_ranks,
+            caps=_caps(options),
         ),
         drain_s=options.drain_s,
     )
@@ -105,6 +109,17 @@ def _serve(options: argparse.Namespace) -> None:
             config, stop, lambda http, joins: print(ready_text(http, joins), flush=True)
         )
     )
+
+
+def _caps(options: argparse.Namespace) -> tuple[int, ...]:
+    """The memory cap of each rank; none at all where there is no cap."""
+    caps: tuple[int, ...] = options.memory_cap
+    if len(caps) not in (0, 1, options.group_ranks):
+        raise SetupError(
+            f"--memory-cap has {len(caps)} sizes for {options.group_ranks} ranks: one for all, or "
+            "one each"
+        )
+    return caps * options.group_ranks if len(caps) == 1 else caps
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -121,7 +136,7 @@ def _worker(options: argparse.Namespace) -> None:
     if options.group and options.rank != 0:
         _member(options, model, threads, secret.encode())
         return
-    group = _group(options, secret.encode()) if options.group else None
+    group = _group(options, threads, secret.encode()) if options.group else None
     engine, rates = build(model, _engine_options(options, threads), group)
     config = WorkerConfig(
         name=options.name,
@@ -135,7 +150,7 @@ def _worker(options: argparse.Namespace) -> None:
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
 
 
-def _group(options: argparse.Namespace, secret: bytes) -> GroupSpec:
+def _group(options: argparse.Namespace, threads: int, secret: bytes) -> GroupSpec:
     """The group of which this worker is rank 0."""
     from workers.build import GroupSpec
 
@@ -143,8 +158,20 @@ def _group(options: argparse.Namespace, secret: bytes) -> GroupSpec:
         listen=options.group_listen,
         ranks=options.ranks,
         weight=options.weight,
+        means=_means(options, threads),
         secret=secret,
         allreduce=options.allreduce,
+    )
+
+
+def _means(options: argparse.Namespace, threads: int) -> Means:
+    from workers.group.part import Means
+    from workers.weights.wheel import models_folder
+
+    return Means(
+        threads=threads,
+        memory_cap=options.memory_cap,
+        shards=options.shards or models_folder().parent / "shards",
     )
 
 
@@ -159,7 +186,7 @@ def _member(options: argparse.Namespace, model: Model, threads: int, secret: byt
         secret=secret,
         listen_host=options.listen,
         advertise_host=options.advertise or "",
-        threads=threads,
+        means=_means(options, threads),
         weight=options.weight,
         model=model.name,
         path=model.location,
@@ -301,6 +328,13 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="make each worker a group of N processes that share its model (default 1)",
     )
+    command.add_argument(
+        "--memory-cap",
+        type=_sizes,
+        default=(),
+        metavar="SIZE,…",
+        help="of each rank's process, one for all or one each: 300MB,300MB,1GB",
+    )
     _engine_arguments(command)
 
 
@@ -342,6 +376,15 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weight", type=float, default=1.0, metavar="W", help="share of the work (default 1)"
+    )
+    group.add_argument(
+        "--memory-cap",
+        type=_size,
+        metavar="SIZE",
+        help="of this rank's process, such as 500MB: weights that do not fit pass through",
+    )
+    group.add_argument(
+        "--shards", type=Path, metavar="DIR", help="where the weights of a rank with a cap are kept"
     )
     group.add_argument(
         "--allreduce",
@@ -395,6 +438,17 @@ def _count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
+
+
+def _size(text: str) -> int:
+    number, unit = text.rstrip("GMKiB"), text[len(text.rstrip("GMKiB")) :]
+    if unit not in SIZES or not number.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 500MB, 3GB or 2GiB")
+    return int(float(number) * SIZES[unit])
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_size(part) for part in text.split(","))
 
 
 def _positive(text: str) -> int:

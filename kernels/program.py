@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 GROUP = 32  # columns that share a scale
 FORMATS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # as GGUF numbers them
+PACKING = 1  # raised when kernels/cpu/formats.h changes: packed files of another are made anew
 
 
 class Matrix:
@@ -43,7 +44,7 @@ class Matrix:
         """
         self.kind, self.outputs, self.inputs = kind, outputs, inputs
         lib, number = library.load(), FORMATS.get(kind, -1)
-        size = lib.motley_packed_bytes(number, outputs, inputs)
+        size = packed_bytes(kind, outputs, inputs)
         blocks = np.ascontiguousarray(blocks)
         if not size or blocks.nbytes != outputs * row_bytes(kind, inputs):
             raise ValueError(
@@ -54,6 +55,19 @@ class Matrix:
         lib.motley_pack(number, outputs, inputs, blocks.ctypes.data, self.data.ctypes.data)
         self.struct = MatrixStruct(number, outputs, inputs, self.data.ctypes.data)
 
+    @classmethod
+    def packed(cls, kind: str, outputs: int, inputs: int, data: Array) -> Matrix:
+        """Around the `data` of a matrix that was packed before, by the same PACKING.
+
+        Raises ValueError if it is not as long as that.
+        """
+        if data.nbytes != (size := packed_bytes(kind, outputs, inputs)):
+            raise ValueError(f"{data.nbytes} bytes where {outputs} rows of {inputs} take {size}")
+        matrix = cls.__new__(cls)
+        matrix.kind, matrix.outputs, matrix.inputs, matrix.data = kind, outputs, inputs, data
+        matrix.struct = MatrixStruct(FORMATS[kind], outputs, inputs, data.ctypes.data)
+        return matrix
+
     def rows(self, first: int, count: int) -> Array:
         """Rows dequantised, float32 [count, inputs], equal to the gguf package's."""
         if not 0 <= first <= first + count <= self.outputs:
@@ -61,6 +75,12 @@ class Matrix:
         out = np.empty((count, self.inputs), np.float32)
         library.load().motley_unpack(ctypes.byref(self.struct), first, count, out.ctypes.data)
         return out
+
+
+def packed_bytes(kind: str, outputs: int, inputs: int) -> int:
+    """Bytes of a packed matrix; 0 for what cannot be packed."""
+    size: int = library.load().motley_packed_bytes(FORMATS.get(kind, -1), outputs, inputs)
+    return size
 
 
 def row_bytes(kind: str, inputs: int) -> int:

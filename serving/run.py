@@ -37,6 +37,7 @@ class LocalWorkers:
     threads: int  # compute threads of each worker, or of each rank of one
     arguments: tuple[str, ...]  # further ones of `motley worker`
     ranks: int = 1  # processes that together are one worker
+    caps: tuple[int, ...] = ()  # bytes of memory of each rank; empty: no cap
 
     def specs(self, cluster: Address) -> list[WorkerSpec]:
         """One spec a process; `cluster` is where the router listens for workers."""
@@ -57,16 +58,17 @@ class LocalWorkers:
 
     def _ranks(self, name: str, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[WorkerSpec]]:
         """What a group's first rank is told beside what every worker is, and its other ranks."""
-        if self.ranks == 1:
+        if self.ranks == 1 and not self.caps:
             return (), []
         address = f"127.0.0.1:{_free_port()}"
+        caps = [("--memory-cap", f"{cap / 1e6}MB") for cap in self.caps]
         first = ("--rank", "0", "--ranks", str(self.ranks), "--group-listen", address)
         join = ("--listen", "127.0.0.1", "--join", address, "--group", name)
-        others = [
-            WorkerSpec(rank, (*own, "--name", rank, *join), joins=False)
-            for rank in (f"{name}-rank-{number}" for number in range(1, self.ranks))
-        ]
-        return ("--group", name, *first), others
+        others: list[WorkerSpec] = []
+        for number in range(1, self.ranks):
+            rank, cap = f"{name}-rank-{number}", caps[number] if caps else ()
+            others.append(WorkerSpec(rank, (*own, "--name", rank, *join, *cap), joins=False))
+        return ("--group", name, *first, *(caps[0] if caps else ())), others
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from scheduler.messages import Address, Rates
     from scheduler.models import ModelShape
+    from workers.group.part import Means
     from workers.kv_cache import KvDtype
     from workers.runner import Runner
     from workers.weights.checkpoint import Checkpoint
@@ -71,6 +72,7 @@ class GroupSpec:
     listen: Address  # where the others join
     ranks: int  # to begin with
     weight: float  # how much this rank computes, relative to the others
+    means: Means
     secret: bytes
     allreduce: str | None = None  # the way of every sum; None: the fastest, by size
 
@@ -195,7 +197,7 @@ def _group_runner(
         path=model.location,
         kv_blocks=batcher.pool.size,
         max_rows=options.max_rows,
-        threads=options.threads,
+        means=group.means,
         weight=group.weight,
         listen_host=group.listen.host,
         secret=group.secret,

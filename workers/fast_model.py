@@ -6,7 +6,7 @@ their quantised blocks, activations are rounded to int8, and a whole step is one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from scheduler.models import ModelShape
     from workers.kv_cache import KvCache
     from workers.weights.checkpoint import Weights
+    from workers.weights.gguf_header import StoredTensor
 
     Array = np.ndarray[Any, Any]
+    Combine: TypeAlias = Callable[[Array], None]
 
 HEAD_ROWS = 16  # hidden rows that `FastModel.logits` takes at a time
 
@@ -53,7 +55,7 @@ class FastModel:
         cache: KvCache,
         pool: Pool,
         max_rows: int,
-        combine: Callable[[Array], None] | None = None,
+        combine: Combine | None = None,
     ) -> None:
         """With `combine` the checkpoint is a part of a model, without its embedding.
 
@@ -219,15 +221,19 @@ class FastModel:
         return self._checkpoint.array(name)
 
     def _matrix(self, name: str) -> Matrix:
-        """A weight in its own blocks, or in Q8_0 where the kernels do not know its format."""
-        stored = self._checkpoint.stored(name)
-        if stored is None or stored.kind.name not in FORMATS:
-            weight = self._checkpoint.array(name)
-            stored = quantise(weight, GGMLQuantizationType.Q8_0)
+        stored = blocks_of(self._checkpoint, name)
         outputs, inputs = stored.dims
         matrix = Matrix(stored.kind.name, outputs, inputs, stored.data)
         stored.let_go()  # or a whole file would be in memory twice
         return matrix
+
+
+def blocks_of(weights: Weights, name: str) -> StoredTensor:
+    """A weight in its own blocks, or in Q8_0 where the kernels do not know its format."""
+    stored = weights.stored(name)
+    if stored is None or stored.kind.name not in FORMATS:
+        return quantise(weights.array(name), GGMLQuantizationType.Q8_0)
+    return stored
 
 
 def _frequencies(shape: ModelShape) -> Array:

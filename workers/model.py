@@ -17,7 +17,7 @@ from workers.feed_forward import FeedForward, load_feed_forward
 from workers.weights.families import EMBEDDING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from kernels.mark import Mark
     from workers.weights.checkpoint import Weights
@@ -73,18 +73,36 @@ def alone(part: torch.Tensor) -> None:
     """The combination of one part: it is the whole."""
 
 
+class Layers:
+    """A checkpoint's layers, read whenever they are passed through."""
+
+    def __init__(self, checkpoint: Weights) -> None:
+        self._checkpoint = checkpoint
+
+    def __iter__(self) -> Iterator[Layer]:
+        return (_layer(self._checkpoint, n) for n in range(self._checkpoint.shape.layers))
+
+
 class Model:
     """Weights in memory, and the forward pass over them."""
 
     def __init__(
-        self, checkpoint: Weights, combine: Callable[[torch.Tensor], None] = alone
+        self,
+        checkpoint: Weights,
+        combine: Callable[[torch.Tensor], None] = alone,
+        *,
+        keep: bool = True,
     ) -> None:
-        """`combine` turns a part [T, D] of a layer's output, in place, into the whole."""
+        """`combine` turns a part [T, D] of a layer's output, in place, into the whole.
+
+        Without `keep`, layers are read from the checkpoint for every pass, one at a time.
+        """
         self._combine = combine
         self.shape = checkpoint.shape
         divisors = self.shape.rope_divisors
         self.rope_divisors = torch.tensor(divisors) if divisors else None  # [E/2]
-        self.layers = [_layer(checkpoint, number) for number in range(self.shape.layers)]
+        layers = Layers(checkpoint)
+        self.layers: Iterable[Layer] = list(layers) if keep else layers
         self.norm = _tensor(checkpoint, "model.norm.weight")
         self.head = _tensor(checkpoint, "lm_head.weight").t().contiguous()  # [D, V]
         if self.shape.tied_embeddings or EMBEDDING not in checkpoint.names:

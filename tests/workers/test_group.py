@@ -18,6 +18,7 @@ from workers.fake import FakeText
 from workers.fast import FastRunner
 from workers.group.leader import Leader
 from workers.group.member import MemberConfig, run_member
+from workers.group.part import Means
 from workers.group.runner import GroupOptions, GroupRunner
 from workers.native import NativeRunner
 from workers.runner import CacheLost, Reading, Wishes
@@ -32,7 +33,8 @@ BLOCKS = 12
 class Group:
     """Rank 0's leader, and members that can be ended one by one."""
 
-    def __init__(self):
+    def __init__(self, shards):
+        self.means = Means(1, shards=shards)
         self.leader = Leader("127.0.0.1", 0, SECRET, "m")
         self.stops = {}
         self.threads = []
@@ -44,7 +46,7 @@ class Group:
             secret=SECRET,
             listen_host="127.0.0.1",
             advertise_host="",
-            threads=1,
+            means=self.means,
             weight=weight,
             model="m",
             path="",
@@ -73,8 +75,8 @@ class Group:
 
 
 @pytest.fixture
-def group():
-    made = Group()
+def group(tmp_path):
+    made = Group(tmp_path)
     yield made
     made.end()
 
@@ -96,7 +98,7 @@ def make_runner(group):
                     path=str(folder),
                     kv_blocks=BLOCKS,
                     max_rows=64,
-                    threads=1,
+                    means=group.means,
                     weight=weights[0],
                     listen_host="127.0.0.1",
                     secret=SECRET,
@@ -161,6 +163,18 @@ def test_a_group_says_what_one_worker_says(make_runner, folder, weights):
 def test_sums_may_travel_any_way(make_runner, folder, way):
     alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
     assert generate(make_runner(folder, (1, 1, 1), way=way)) == generate(alone)
+
+
+def test_layers_that_are_read_anew_for_every_step_change_no_token(make_runner, group, folder):
+    alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
+    group.means = replace(group.means, memory_cap=1 << 40)
+    assert generate(make_runner(folder, (1, 1))) == generate(alone)
+
+
+def test_a_cap_changes_no_number_of_a_fast_rank(make_runner, group, folder):
+    without = score(make_runner(folder, mode="fast", quantize="int8"))
+    group.means = replace(group.means, memory_cap=1 << 40)
+    assert score(make_runner(folder, mode="fast", quantize="int8")) == without
 
 
 @pytest.mark.parametrize(

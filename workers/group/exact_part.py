@@ -17,15 +17,27 @@ if TYPE_CHECKING:
     from kernels.program import Span
     from workers.group.part import Array, Combine
     from workers.group.sharded import Sharded
+    from workers.weights.checkpoint import Checkpoint
 
 
 class ExactPart:
     """See Part."""
 
-    def __init__(self, checkpoint: Sharded, kv_blocks: int, threads: int, combine: Combine) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sharded: Sharded,
+        kv_blocks: int,
+        threads: int,
+        combine: Combine,
+        *,
+        keep: bool,
+    ) -> None:
+        """Without `keep`, layers are read from the checkpoint for every step, one at a time."""
         torch.set_num_threads(threads)
-        self._model = Model(checkpoint, lambda part: combine(part.numpy()))
-        self.cache = KvCache(checkpoint.shape, kv_blocks)
+        self._checkpoint = checkpoint
+        self._model = Model(sharded, lambda part: combine(part.numpy()), keep=keep)
+        self.cache = KvCache(sharded.shape, kv_blocks)
         self._data = torch.from_numpy(self.cache.data)  # the same memory
 
     def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
@@ -35,3 +47,6 @@ class ExactPart:
 
     def logits(self, hidden: Array) -> Array:
         return self._model.logits(torch.from_numpy(hidden)).numpy()
+
+    def close(self) -> None:
+        self._checkpoint.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,7 @@ from kernels.program import Span
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.formation import Combine, connect
 from workers.group.links import dial, listener
-from workers.group.part import load_part
+from workers.group.part import Means, Wanted, load_part
 from workers.group.words import (
     ORDER,
     TO_RANK,
@@ -31,7 +30,6 @@ from workers.group.words import (
     Run,
     Word,
 )
-from workers.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     import socket
@@ -57,7 +55,7 @@ class MemberConfig:
     secret: bytes
     listen_host: str  # for the links of other ranks
     advertise_host: str  # how they reach it; empty: as rank 0 sees it
-    threads: int
+    means: Means
     weight: float  # how much it computes, relative to other ranks
     model: str  # its name
     path: str  # of the model on this machine; empty: where rank 0 has it
@@ -151,23 +149,22 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
     peers = [peer if peer.host else replace(peer, host=config.leader.host) for peer in form.peers]
     mesh = connect(server, config.secret, form.epoch, form.rank, peers)
     try:
-        checkpoint = open_checkpoint(Path(config.path or form.path), form.quantize)
+        wanted = Wanted(
+            share=form.share,
+            mode=form.mode,
+            quantize=form.quantize,
+            path=config.path or form.path,
+            kv_dtype=form.kv_dtype,
+            kv_blocks=form.kv_blocks,
+            max_rows=form.max_rows,
+        )
+        part = load_part(wanted, config.means, Combine(mesh, form.ways))
         try:
-            part = load_part(
-                checkpoint,
-                form.share,
-                mode=form.mode,
-                kv_dtype=form.kv_dtype,
-                kv_blocks=form.kv_blocks,
-                threads=config.threads,
-                max_rows=form.max_rows,
-                combine=Combine(mesh, form.ways),
-            )
+            control.say(Ready(form.epoch))
+            logger.info("rank %d of %d", form.rank, len(form.peers))
+            _obey(mesh, part, form.hidden)
         finally:
-            checkpoint.close()
-        control.say(Ready(form.epoch))
-        logger.info("rank %d of %d", form.rank, len(form.peers))
-        _obey(mesh, part, checkpoint.shape.hidden)
+            part.close()
     finally:
         mesh.close()
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kernels.program import Pool, Span
+from scheduler.errors import SetupError
 from workers.allocator import keep_freed_memory
 from workers.fast_model import FastModel
+from workers.group.memory import step_bytes, used_bytes
+from workers.group.shard import Shard, ShardModel
+from workers.group.shard_file import Manifest, read_manifest, write_shard
 from workers.group.sharded import Sharded
 from workers.kv_cache import KvCache
+from workers.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,10 +26,34 @@ if TYPE_CHECKING:
 
     from workers.group.partition import Share
     from workers.kv_cache import KvDtype
-    from workers.weights.checkpoint import Checkpoint
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
     Combine = Callable[[Array], None]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The part that a formation asks of a rank."""
+
+    share: Share
+    mode: Literal["fast", "exact"]
+    quantize: Literal["int4", "int8"] | None
+    path: str  # of the model
+    kv_dtype: KvDtype  # of `fast` mode
+    kv_blocks: int
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a rank computes it with."""
+
+    threads: int
+    memory_cap: int | None = None  # bytes of the whole process; None: all weights stay in memory
+    shards: Path = Path()  # the folder of shard files, for ranks with a cap
+    direct: bool = True  # read past the page cache
 
 
 class Part(Protocol):
@@ -39,15 +72,17 @@ class Part(Protocol):
         """[n, D] -> [n, V_r], for at most workers.fast_model.HEAD_ROWS rows."""
         ...
 
+    def close(self) -> None:
+        """Let go of threads and files."""
+        ...
+
 
 class FastPart:
     """By the CPU kernels (`fast` mode)."""
 
-    def __init__(
-        self, checkpoint: Sharded, cache: KvCache, threads: int, max_rows: int, combine: Combine
-    ) -> None:
+    def __init__(self, model: FastModel, cache: KvCache, shard: Shard | None) -> None:
         self.cache = cache
-        self._model = FastModel(checkpoint, cache, Pool(threads), max_rows, combine)
+        self._model, self._shard = model, shard
 
     def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
         model, rows = self._model, len(x)
@@ -58,28 +93,72 @@ class FastPart:
     def logits(self, hidden: Array) -> Array:
         return self._model.logits(hidden)
 
+    def close(self) -> None:
+        if self._shard:
+            self._shard.close()
 
-def load_part(
-    checkpoint: Checkpoint,
-    share: Share,
-    *,
-    mode: str,
-    kv_dtype: KvDtype,
-    kv_blocks: int,
-    threads: int,
-    max_rows: int,
-    combine: Combine,
-) -> Part:
-    """`kv_dtype` is `fast` mode's. `combine` sums a flat float32 array over the ranks, in place."""
-    sharded = Sharded(checkpoint, share)
+
+def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
+    """`combine` sums a flat float32 array over the ranks, in place. Raises SetupError."""
 
     def whole(part: Array) -> None:
         combine(part.reshape(-1))
 
-    if mode == "fast":
-        cache = KvCache(sharded.shape, kv_blocks, kv_dtype)
-        return FastPart(sharded, cache, threads, max_rows, whole)
+    if wanted.mode == "fast" and means.memory_cap is not None:
+        return _streamed(wanted, means, means.memory_cap, whole)
+    checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
+    sharded = Sharded(checkpoint, wanted.share)
+    if wanted.mode == "fast":
+        cache = KvCache(sharded.shape, wanted.kv_blocks, wanted.kv_dtype)
+        model = FastModel(sharded, cache, Pool(means.threads), wanted.max_rows, whole)
+        checkpoint.close()
+        return FastPart(model, cache, None)
     from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
 
     keep_freed_memory()
-    return ExactPart(sharded, kv_blocks, threads, whole)
+    keep = means.memory_cap is None
+    return ExactPart(checkpoint, sharded, wanted.kv_blocks, means.threads, whole, keep=keep)
+
+
+def _streamed(wanted: Wanted, means: Means, cap: int, combine: Combine) -> Part:
+    """From this rank's shard file, made now if it is not there."""
+    folder, manifest = _shard(wanted, means)
+    shape = manifest.shape
+    cache = KvCache(shape, wanted.kv_blocks, wanted.kv_dtype)
+    taken = used_bytes() + cache.data.nbytes + step_bytes(shape, wanted.max_rows)
+    shard = Shard(folder, manifest, cap - taken, direct=means.direct)
+    logger.info(
+        "%d MiB of weights, %d %% of them read anew for every step; cap %d MiB",
+        shard.total_bytes >> 20,
+        round(100 * shard.streamed_bytes / shard.total_bytes),
+        cap >> 20,
+    )
+    try:
+        model = ShardModel(shard, cache, Pool(means.threads), wanted.max_rows, combine)
+    except BaseException:
+        shard.close()
+        raise
+    return FastPart(model, cache, shard)
+
+
+def _shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
+    source = f"{_identity(Path(wanted.path))} {wanted.quantize} {wanted.share}"
+    folder = means.shards / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if manifest := read_manifest(folder, source):
+        return folder, manifest
+    logger.info("writing this rank's weights to %s", folder)
+    checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
+    try:
+        return folder, write_shard(Sharded(checkpoint, wanted.share), folder, source)
+    finally:
+        checkpoint.close()
+
+
+def _identity(path: Path) -> str:
+    """A model file by what changes when it changes. Raises SetupError if it is not there."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    try:
+        stats = [(file.name, file.stat()) for file in files]
+    except OSError as error:
+        raise SetupError(f"{path}: {error}") from error
+    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)

@@ -13,7 +13,7 @@ import numpy as np
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.formation import Combine, connect
 from workers.group.links import listener
-from workers.group.part import load_part
+from workers.group.part import Means, Wanted, load_part
 from workers.group.partition import partition
 from workers.group.sharded import Embedder
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run
@@ -58,7 +58,7 @@ class GroupOptions:
     path: str  # of the model
     kv_blocks: int
     max_rows: int
-    threads: int  # of rank 0
+    means: Means  # of rank 0
     weight: float  # how much rank 0 computes, relative to the others
     listen_host: str
     secret: bytes
@@ -133,6 +133,7 @@ class GroupRunner:
     def close(self) -> None:
         """The other ranks wait for another rank 0."""
         self._mesh.close()
+        self._part.close()
         self._leader.close()
         self._server.close()
         self._checkpoint.close()
@@ -175,6 +176,7 @@ class GroupRunner:
         with suppress(OSError):
             self._order(Leave())
         self._mesh.close()
+        self._part.close()
         self._leader.settle(self._members, self._epoch, SETTLE_S)
         self._form()
         raise CacheLost(reason)
@@ -205,24 +207,25 @@ class GroupRunner:
         ways = self._ways(len(peers))
         for rank, member in enumerate(members, 1):
             self._leader.tell(member, self._form_of(rank, peers, ways))
+        wanted = Wanted(
+            share=self._shares[0],
+            mode=options.mode,
+            quantize=options.quantize,
+            path=options.path,
+            kv_dtype=options.kv_dtype,
+            kv_blocks=options.kv_blocks,
+            max_rows=options.max_rows,
+        )
         self._mesh = connect(self._server, options.secret, self._epoch, 0, peers)
         try:
-            self._part = load_part(
-                self._checkpoint,
-                self._shares[0],
-                mode=options.mode,
-                kv_dtype=options.kv_dtype,
-                kv_blocks=options.kv_blocks,
-                threads=options.threads,
-                max_rows=options.max_rows,
-                combine=Combine(self._mesh, ways),
-            )
+            self._part = load_part(wanted, options.means, Combine(self._mesh, ways))
             ready = self._leader.all_ready(members, self._epoch, LOAD_S)
         except BaseException:
             self._mesh.close()
             raise
         if not ready:
             self._mesh.close()
+            self._part.close()
         return ready
 
     def _form_of(self, rank: int, peers: tuple[Peer, ...], ways: Ways) -> Form:
@@ -239,6 +242,7 @@ class GroupRunner:
             path=options.path,
             kv_blocks=options.kv_blocks,
             max_rows=options.max_rows,
+            hidden=self._shape.hidden,
         )
 
     def _ways(self, ranks: int) -> Ways:

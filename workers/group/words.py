@@ -71,6 +71,7 @@ class Form(Word, frozen=True):
     path: str  # of the model, on rank 0's disk
     kv_blocks: int
     max_rows: int
+    hidden: int  # D
 
 
 class Refuse(Word, frozen=True):
