@@ -35,9 +35,9 @@ $(VENV)/.venv:
 SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 $(VENV)/.engine: $(VENV)/.venv $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[engine]'
+	$(BIN)/python -m pip install --quiet --editable '.[engine,exact]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.engine
-	$(BIN)/python -m pip install --quiet --editable '.[engine,plan,test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[engine,exact,plan,test,lint]'
 	@touch $@

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +15,10 @@ from scheduler.pacing import Pace
 from workers.allocator import keep_freed_memory
 from workers.engine import Engine
 from workers.fake import FakeRunner, FakeText, parse_options
+from workers.installed import engine_installed
 from workers.speculate import MOST_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from scheduler.messages import Address, Rates
     from scheduler.models import ModelShape
     from workers.group.part import Means
@@ -89,7 +87,7 @@ def find(text: str) -> Model:
     if _kind(location) == "fake":
         parse_options(location.partition(":")[2])
         return Model(name, location)
-    with _engine_installed():
+    with engine_installed():
         from workers.weights.catalogue import resolve
     source = resolve(text)
     return Model(source.name, str(source.path))
@@ -123,7 +121,7 @@ def _kind(location: str) -> str:
 def _native(
     model: Model, options: EngineOptions, batcher: Batcher, group: GroupSpec | None
 ) -> tuple[Engine, Rates]:
-    with _engine_installed():
+    with engine_installed():
         from workers.measure import measure
         from workers.text import Text
         from workers.weights.checkpoint import open_checkpoint
@@ -174,7 +172,7 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, mode: Mode, batcher:
 
         rows, kv_dtype = options.max_rows, options.kv_dtype
         return FastRunner(checkpoint, blocks, options.threads, rows, kv_dtype)
-    with _engine_installed():
+    with engine_installed():
         from workers.native import NativeRunner  # here: torch takes 190 MB and a second
 
     keep_freed_memory()
@@ -204,14 +202,3 @@ def _group_runner(
         way=group.allreduce,
     )
     return GroupRunner(leader, group_options)
-
-
-@contextmanager
-def _engine_installed() -> Iterator[None]:
-    """Importing the engine's parts: they are an extra, and heavy."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise SetupError(
-            f"{error.name} is not installed, which computing needs: pip install '.[engine]'"
-        ) from error

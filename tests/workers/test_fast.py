@@ -317,6 +317,21 @@ def test_torch_stays_out_of_a_fast_worker(folder, make_job):
     assert done.stdout == "FastRunner 6 False\n", done.stderr
 
 
+def test_without_torch_exact_mode_says_what_to_install(folder):
+    program = (
+        "import sys; sys.modules['torch'] = None; from workers.build import *; "
+        "build(Model('m', sys.argv[1]), EngineOptions(kv_tokens=256, threads=1, mode='exact'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder("Llama")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stderr.endswith("pip install '.[engine,exact]'\n")
+
+
 def test_without_the_library_a_worker_runs_exactly_and_says_so_once(folder, tmp_path):
     """An installation that had no compiler: the package without its library."""
     for package in ("kernels", "scheduler", "workers"):

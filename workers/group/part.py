@@ -16,6 +16,7 @@ from workers.group.memory import step_bytes, used_bytes
 from workers.group.shard import Shard, ShardModel
 from workers.group.shard_file import Manifest, read_manifest, write_shard
 from workers.group.sharded import Sharded
+from workers.installed import engine_installed
 from workers.kv_cache import KvCache
 from workers.weights.checkpoint import open_checkpoint
 
@@ -113,7 +114,8 @@ def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
         model = FastModel(sharded, cache, Pool(means.threads), wanted.max_rows, whole)
         checkpoint.close()
         return FastPart(model, cache, None)
-    from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
+    with engine_installed():
+        from workers.group.exact_part import ExactPart  # with torch, which a fast rank does without
 
     keep_freed_memory()
     keep = means.memory_cap is None
