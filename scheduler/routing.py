@@ -1,51 +1,32 @@
 """Which workers take a request: a pure function of what the router knows.
 
-Each possible route is priced in predicted seconds until the request's last token,
-
-    (queued + prompt tokens) / prefill rate  +  output tokens · decode seconds per token
-
-on the very workers it would use, with the rates that they measured of themselves. The cheapest
-route wins. Splitting and not splitting compete on the same scale.
+Candidates are priced (`scheduler.pricing`) on the very workers that they would use: whole on a
+mixed worker, whole on a decode worker, prefill on one and decode on another. Of those that keep the
+limits of the request and of all who already run there the cheapest wins; without limits the
+soonest done; if none keeps them the least late, unless the queue alone is too long: then a refusal
+that says when it will not be. `POLICIES` has the simpler rules that one may compare with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 
 from scheduler.errors import Unavailable
-from scheduler.messages import Address, Peer, Rates, Role
+from scheduler.messages import Role
+from scheduler.pricing import Pricer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-# A decode step reads the weights once for the whole batch, so B sequences cost much less than B
-# times one: measured throughput grows about 4-fold from batch 1 to 16, i.e. step time by 1/5 of
-# a lone step for each further sequence.
-STEP_GROWTH = 0.2
-MAX_WAIT_S = 300.0  # beyond this predicted wait for the first token a request is refused
+    from scheduler.fleet import Fleet, Worker
+    from scheduler.messages import Peer
+    from scheduler.pricing import Decoded, Demand, Price, Prompted
 
+MAX_WAIT_S = 300.0  # a predicted wait for the first token that nobody is asked to sit out
+PAIRED = 5  # workers at each end of a hand-over that are priced in pairs
 
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """What routing knows of one worker of the request's model."""
-
-    name: str
-    role: Role
-    address: Address
-    rates: Rates
-    kv_tokens: int = 1 << 62  # that its KV cache holds
-    queued_tokens: int = 0  # prompt tokens sent to it and not yet through prefill
-    running: int = 0  # sequences it decodes, or will
-    draining: bool = False
-
-    def prefill_s(self, tokens: int) -> float:
-        """Predicted seconds until the first token of a prompt sent now."""
-        return (self.queued_tokens + tokens) / self.rates.prefill_tokens_per_s
-
-    def decode_s(self, tokens: int) -> float:
-        """Predicted seconds for `tokens` further tokens beside what runs there."""
-        return tokens * self.rates.decode_s_per_token * (1 + STEP_GROWTH * self.running)
+Degraded = Literal["no_prefill", "no_decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,64 +35,125 @@ class Route:
 
     worker: str
     handoff: Peer | None = None
-    degraded: bool = False  # a role is missing, so a worker does what is not its role
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Whom a request may use, by phase: a mixed worker may do either, or both."""
+
+    prefill: tuple[Worker, ...]
+    decode: tuple[Worker, ...]  # these may take the whole request too
+    degraded: Degraded | None = None  # a role is missing, so a worker does what is not its role
+
+
+class Chosen(NamedTuple):
+    """One worker twice: no hand-over. Without a price the policy has not asked for one."""
+
+    prefill: Worker
+    decode: Worker
+    price: Price | None = None
+    degraded: Degraded | None = None
+
+
+End = TypeVar("End", "Prompted", "Decoded")
+Policy: TypeAlias = "Callable[[Demand, Lanes, float, Callable[[], float]], Chosen]"
 
 
 def choose(
-    prompt_tokens: int,
-    output_tokens: int,
-    workers: Sequence[WorkerView],
-    avoid: frozenset[str] = frozenset(),
-    split: bool = True,
-) -> Route:
-    """The cheapest route. Raises Unavailable, with an honest retry_after, if there is none.
+    demand: Demand,
+    fleet: Fleet,
+    now: float,
+    draw: Callable[[], float],
+    policy: Policy,
+    *,
+    local: bool = True,
+) -> Chosen:
+    """The policy's route. Raises Unavailable, with an honest retry_after, if there is none.
 
     Workers in `avoid` have failed this request before; they are used only if nobody else is left.
-    Without `split` the request stays on one worker, its decode worker computing the prompt too.
+    Without `local` a model whose prefill workers are all gone refuses requests. `now` is in seconds
+    of any clock that the fleet was told of; `draw` gives numbers in [0, 1).
     """
-    usable = [w for w in workers if not w.draining]
-    usable = [w for w in usable if w.name not in avoid] or usable
+    lanes = _lanes(demand, fleet.candidates(now, draw))
+    if lanes.degraded == "no_prefill" and not local and not demand.avoid and demand.split:
+        raise Unavailable(
+            "no prefill worker is here, and decode workers are told to take no prompts"
+        )
+    chosen = policy(demand, lanes, now, draw)
+    return chosen._replace(degraded=lanes.degraded)
+
+
+def _lanes(demand: Demand, workers: Sequence[Worker]) -> Lanes:
+    """Raises Unavailable if there is nobody."""
+    usable = [w for w in workers if w.name not in demand.avoid] if demand.avoid else workers
+    usable = usable or workers
     if not usable:
         raise Unavailable("no worker for this model is ready", retry_after=2)
-    whole = {Role.MIXED} if split else {Role.MIXED, Role.DECODE}
-    priced = list(_split(prompt_tokens, output_tokens, usable)) if split else []
-    priced += _whole(prompt_tokens, output_tokens, usable, whole)
-    degraded = not priced
-    if degraded:
-        priced = list(_whole(prompt_tokens, output_tokens, usable, set(Role)))
-    _, wait, worker, handoff = min(priced, key=lambda row: row[:3])
-    if wait > MAX_WAIT_S:
-        raise Unavailable(
-            f"the queue is {wait:.0f} s long", retry_after=wait - MAX_WAIT_S, status=429
-        )
-    return Route(worker, handoff, degraded)
+    prefill = tuple(w for w in usable if w.role is not Role.DECODE)
+    decode = tuple(w for w in usable if w.role is not Role.PREFILL)
+    if demand.prefill_only:
+        return Lanes((), tuple(usable))
+    if not decode:
+        return Lanes((), tuple(usable), "no_decode")
+    need = demand.prompt_tokens + demand.choices * demand.output_tokens
+    roomy = tuple(w for w in decode if w.kv_tokens >= need) or decode
+    if not prefill:
+        return Lanes((), roomy, "no_prefill")
+    return Lanes(prefill if demand.split else (), roomy)
 
 
-Priced = tuple[float, float, str, Peer | None]  # seconds in all, seconds to first token, route
+# ── priced ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _split(prompt: int, output: int, workers: Sequence[WorkerView]) -> Iterator[Priced]:
-    """Prefill on one worker, decode on another."""
-    decodes = _roomy((w for w in workers if w.role is Role.DECODE), prompt + output)
-    if not decodes:
-        return
-    decode = min(decodes, key=lambda w: (w.decode_s(output), w.name))
-    for prefill in _roomy((w for w in workers if w.role is Role.PREFILL), prompt):
-        wait = prefill.prefill_s(prompt)
-        peer = Peer(decode.name, decode.address)
-        yield wait + decode.decode_s(output), wait, prefill.name, peer
+def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) -> Chosen:
+    """The cheapest in time. Raises Unavailable (429) if all would only be made late."""
+    pricer = Pricer(demand, now)
+    prompts = {worker: pricer.prompted(worker) for worker in lanes.decode}
+    outputs = [pricer.decoded(worker) for worker in lanes.decode]
+    prices = [pricer.whole(prompts[output.worker], output) for output in outputs]
+    if lanes.prefill:
+        senders = [prompts.get(worker) or pricer.prompted(worker) for worker in lanes.prefill]
+        prices += [
+            pricer.split(prompt, output)
+            for prompt in _best(senders, key=lambda prompt: prompt.ttft)
+            for output in _best(outputs, key=lambda output: output.tpot)
+            if prompt.worker.may_hand_to(output.worker)
+        ]
+    best = min(prices, key=_in_time if demand.limited else _soonest(demand))
+    if best.late > 0 or best.wait > MAX_WAIT_S:
+        _refuse_if_hopeless(demand, prices)
+    return Chosen(best.prefill, best.decode, best)
 
 
-def _whole(
-    prompt: int, output: int, workers: Iterable[WorkerView], roles: set[Role]
-) -> Iterator[Priced]:
-    """Everything on one worker."""
-    for worker in _roomy((w for w in workers if w.role in roles), prompt + output):
-        wait = worker.prefill_s(prompt)
-        yield wait + worker.decode_s(output), wait, worker.name, None
+def _best(ends: list[End], key: Callable[[End], float]) -> list[End]:
+    """One end of a hand-over: all, or of many the best by themselves."""
+    return ends if len(ends) <= PAIRED else sorted(ends, key=key)[:PAIRED]
 
 
-def _roomy(workers: Iterable[WorkerView], tokens: int) -> list[WorkerView]:
-    """Those whose KV cache holds so many tokens, or all if none does: it is an estimate."""
-    known = list(workers)
-    return [w for w in known if w.kv_tokens >= tokens] or known
+def _in_time(price: Price) -> tuple[float, float, float, str, str]:
+    return price.late, price.cost, price.ttft, price.prefill.name, price.decode.name
+
+
+def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:
+    tokens = max(demand.output_tokens - 1, 0)
+
+    def rank(price: Price) -> tuple[float, str, str]:
+        seconds = price.ttft + tokens * price.tpot + price.others
+        return seconds, price.prefill.name, price.decode.name
+
+    return rank
+
+
+def _refuse_if_hopeless(demand: Demand, prices: Sequence[Price]) -> None:
+    """Raises Unavailable if every queue alone is longer than the request may wait.
+
+    One that is late only because its own prompt is long is served: waiting would not help it.
+    """
+    limit = min(demand.ttft_s, MAX_WAIT_S)
+    shortest = min(price.wait for price in prices)
+    if shortest > limit:
+        drained = max(price.ttft for price in prices if price.wait == shortest)
+        own = drained - shortest
+        wait = max(shortest - max(limit - own, 0.0), 1.0)
+        message = f"the queue is {shortest:.1f} s long, more than this request may wait"
+        raise Unavailable(message, retry_after=wait, status=429)

@@ -22,7 +22,7 @@ from scheduler.errors import Unavailable
 from scheduler.lifecycle import Deliver, End, Generation, Place, Send
 from scheduler.messages import Failed, FailureKind, FinishReason, Output, Submit
 from scheduler.request import Job, Limits, Prompt, Sampling
-from scheduler.routing import choose
+from scheduler.routing import priced
 from scheduler.simulate_engine import Simulated, Told, Worker
 from scheduler.simulate_router import Placed, Router
 from scheduler.simulate_spec import Outcome, Timing, check_requests, check_workers
@@ -30,8 +30,9 @@ from scheduler.simulate_spec import Outcome, Timing, check_requests, check_worke
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from scheduler.capacity import Slo
     from scheduler.lifecycle import Instruction
-    from scheduler.simulate_router import Choose
+    from scheduler.routing import Policy
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
@@ -43,12 +44,16 @@ def simulate(
     workers: Sequence[WorkerSpec],
     requests: Sequence[Arrival],
     timing: Timing | None = None,
-    policy: Choose = choose,
+    policy: Policy = priced,
+    slo: Slo | None = None,
 ) -> Outcome:
-    """Run all requests to their ends. Raises SetupError naming what cannot be simulated."""
+    """Run all requests to their ends. Raises SetupError naming what cannot be simulated.
+
+    With an `slo` each request comes to the router with its limits.
+    """
     check_workers(workers)
     check_requests(requests)
-    return Simulation(workers, requests, timing or Timing(), policy).run()
+    return Simulation(workers, requests, timing or Timing(), policy, slo).run()
 
 
 @dataclass(eq=False, slots=True)
@@ -69,11 +74,12 @@ class Simulation:
         workers: Sequence[WorkerSpec],
         requests: Sequence[Arrival],
         timing: Timing,
-        policy: Choose,
+        policy: Policy = priced,
+        slo: Slo | None = None,
     ) -> None:
         told = Told(self._first_token, self._finished, self._granted, self._held)
         self.workers = [Worker(n, spec, told, self._ask) for n, spec in enumerate(workers)]
-        self._router = Router(workers, policy)
+        self._router = Router(workers, policy, slo, timing.overlap, self._emitted)
         self._requests = requests
         self._timing = timing
         self._live: dict[int, Live] = {}
@@ -144,14 +150,14 @@ class Simulation:
                     delay = self._timing.network_s + self._timing.tokenise_s
                     self._at(now + delay, self._submitted, live, instruction.message.job)
             elif isinstance(instruction, End):
-                self._end(live, instruction)
+                self._end(live, instruction, now)
             else:
                 assert not isinstance(instruction, Deliver) or instruction.output.ids, "no tokens"
 
     def _place(self, live: Live, place: Place, now: float) -> None:
         epoch = place.job.epoch
         try:
-            placed, route = self._router.place(live.request.input, live.request.output)
+            placed, route = self._router.place(live.number, live.request, now)
         except Unavailable as error:
             self._obey(live, live.generation.unroutable(epoch, error), now)
             return
@@ -159,11 +165,15 @@ class Simulation:
         live.epoch = epoch
         self._obey(live, live.generation.routed(epoch, route), now)
 
-    def _end(self, live: Live, end: End) -> None:
+    def _end(self, live: Live, end: End, now: float) -> None:
         del self._live[live.number]
         if live.placed:
-            self._router.ended(live.placed, 0 if end.error else live.request.output)
+            self._router.ended(live.placed, live.request, served=not end.error, now=now)
         self._refused[live.number] = end.error is not None
+
+    def _emitted(self, worker: int, now: float) -> dict[int, int]:
+        """Tokens that each running request of this worker has given, by its number."""
+        return self.workers[worker].emitted(now)
 
     # ── workers ─────────────────────────────────────────────────────────────────────────────────
 
@@ -189,7 +199,7 @@ class Simulation:
             prefill.soon(lambda: prefill.batch.add(sequence), now)
 
     def _pair(self, placed: Placed) -> tuple[Worker, Worker]:
-        return self.workers[placed.prefill.number], self.workers[placed.decode.number]
+        return self.workers[placed.prefill], self.workers[placed.decode]
 
     def _sequence(self, live: Live, job: Job) -> Simulated:
         request = live.request
@@ -247,6 +257,7 @@ class Simulation:
 
         decode.soon(resume, now)
         prefill.soon(lambda: prefill.batch.remove(held), now)
+        self._router.handed_over(live.placed)
         self._obey(live, live.generation.handed_over(live.epoch, prefill.spec.name), now)
 
     def _first_token(self, sequence: Simulated, now: float) -> None:
@@ -255,7 +266,7 @@ class Simulation:
         prefill, decode = self._pair(live.placed)
         self._by[:, live.number] = prefill.number, decode.number
         self._first[live.number] = now + self._timing.network_s
-        self._router.prefilled(live.placed)
+        self._router.prefilled(live.placed, sequence.cached, now)
         self._output(live, position=0, tokens=1, now=now)
 
     def _finished(self, sequence: Simulated, now: float) -> None:

@@ -160,6 +160,15 @@ class Worker:
         """Whether its cache ever holds so many."""
         return blocks_for(tokens) <= self.batch.pool.size
 
+    def emitted(self, now: float) -> dict[int, int]:
+        """Tokens that each running sequence has given, by its request's number."""
+        more = 0
+        if self._alike > 1:  # those of the run that is under way are not in the sequences yet
+            more = (
+                min(self._alike, _steps_to_cover(now - self._since, self._first, self._growth)) - 1
+            )
+        return {s.number: s.position + more for s in self.batch.running if isinstance(s, Simulated)}
+
     def soon(self, change: Callable[[], None], now: float) -> None:
         """Apply a change now, or after the step that is running."""
         self._between.append(change)

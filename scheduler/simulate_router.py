@@ -1,116 +1,148 @@
-"""The router in a simulation: what it knows of each worker, and the routes that it chooses.
+"""The router in a simulation: the live router's placements, on simulated time.
 
-It keeps the counts that the live router keeps (prompt tokens on their way to a first token,
-sequences that decode), learns the mean answer's length as that one does, and sees a worker's
-speed as of the last heartbeat.
+It hears what the live one hears: first and last tokens as they come, everything else of a worker,
+its speed and how far its sequences are, with heartbeats.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from scheduler.cost import MEASURED_PROMPT
-from scheduler.messages import Address, Rates
-from scheduler.routing import Route, WorkerView, choose
+import numpy as np
+
+from scheduler.affinity import Chain
+from scheduler.fleet import Fleet, Worker
+from scheduler.messages import Address, Peer
+from scheduler.placing import Placement, Placer
+from scheduler.pricing import Demand
+from scheduler.routing import Route, priced
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from scheduler.capacity import Slo
     from scheduler.cost import CostModel
+    from scheduler.routing import Policy
     from scheduler.simulate_spec import WorkerSpec
+    from scheduler.workload import Arrival
 
-OUTPUT_TOKENS = 128.0  # of an answer, before any was seen
-LEARN = 0.05  # weight of the newest answer in their mean
 NOWHERE = Address("", 0)
+PREFIX_TOKENS = 512  # of one prefix id
+HEARTBEAT_S = 0.25
 
 
-class Choose(Protocol):
-    """`routing.choose`, or a policy to compare it with. Raises Unavailable to refuse."""
-
-    def __call__(
-        self, prompt_tokens: int, output_tokens: int, workers: Sequence[WorkerView]
-    ) -> Route: ...
-
-
-@dataclass(slots=True)
-class Known:
-    """What the router knows of a worker."""
+@dataclass(eq=False, slots=True)
+class Placed:
+    """Where a request is."""
 
     number: int
-    spec: WorkerSpec
-    rates: Rates
-    queued_tokens: int = 0
-    running: int = 0
-
-    @property
-    def view(self) -> WorkerView:
-        spec = self.spec
-        return WorkerView(
-            name=spec.name,
-            role=spec.role,
-            address=NOWHERE,
-            rates=self.rates,
-            kv_tokens=spec.kv_tokens,
-            queued_tokens=self.queued_tokens,
-            running=self.running,
-        )
+    placement: Placement
+    prefill: int  # worker numbers
+    decode: int
+    split: bool
+    told: int = 1  # tokens that the router has heard of
 
 
 @dataclass(slots=True)
-class Placed:
-    """Where a request is, and what it adds to the workers' load."""
-
-    prefill: Known
-    decode: Known
-    tokens: int
-    prefilled: bool = False
-
-    @property
-    def split(self) -> bool:
-        return self.prefill is not self.decode
-
-
 class Router:
-    def __init__(self, workers: Sequence[WorkerSpec], policy: Choose = choose) -> None:
-        self._choose = policy
-        self._known = {
-            spec.name: Known(number, spec, rates_of(spec.believed or spec.cost))
-            for number, spec in enumerate(workers)
-        }
-        self._output_tokens = OUTPUT_TOKENS
+    """`slo`: the limits that each request comes with; None: none.
 
-    def place(self, tokens: int, most: int) -> tuple[Placed, Route]:
-        """Choose a route for a prompt and an answer of at most so many. Raises Unavailable."""
-        views = [known.view for known in self._known.values()]
-        route = self._choose(tokens, min(int(self._output_tokens), most), views)
-        prefill = self._known[route.worker]
-        decode = self._known[route.handoff.name] if route.handoff else prefill
-        prefill.queued_tokens += tokens
-        decode.running += 1
-        return Placed(prefill, decode, tokens), route
+    `emitted` says how many tokens each request has, by its number, that a worker runs at a time.
+    """
 
-    def prefilled(self, placed: Placed) -> None:
-        """Its first token is here. Idempotent."""
-        if not placed.prefilled:
-            placed.prefilled = True
-            placed.prefill.queued_tokens -= placed.tokens
+    workers: Sequence[WorkerSpec]
+    policy: Policy = priced
+    slo: Slo | None = None
+    overlap: bool = False
+    emitted: Callable[[int, float], dict[int, int]] = (
+        lambda worker, now: {}
+    )  # tokens by request, of a worker
+    placer: Placer = field(init=False)
+    _numbers: dict[str, int] = field(init=False)
+    _placed: dict[int, Placed] = field(init=False)
+    _heard: list[float] = field(init=False)
 
-    def ended(self, placed: Placed, outputs: int) -> None:
-        """All its tokens are; none, where it was given up."""
-        self.prefilled(placed)
-        placed.decode.running -= 1
-        if outputs:
-            self._output_tokens += LEARN * (outputs - self._output_tokens)
+    def __post_init__(self) -> None:
+        fleet = Fleet()
+        for spec in self.workers:
+            fleet.add(_worker(spec, self.overlap))
+        self.placer = Placer(fleet, np.random.default_rng(0).random, self.policy)
+        self._numbers = {spec.name: number for number, spec in enumerate(self.workers)}
+        self._placed = {}
+        self._heard = [0.0] * len(self.workers)
+
+    def place(self, number: int, request: Arrival, now: float) -> tuple[Placed, Route]:
+        """Choose a route. Raises Unavailable."""
+        self._listen(now)
+        placer, slo = self.placer, self.slo
+        demand = Demand(
+            prompt_tokens=request.input,
+            output_tokens=min(placer.forecast.output_tokens(request.input), request.output),
+            ttft_s=slo.ttft_ms / 1e3 if slo else math.inf,
+            tpot_s=slo.tpot_ms / 1e3 if slo else math.inf,
+            prefill_only=request.output == 1,
+            number=number,
+        )
+        placement = placer.place(demand, _chain(request), now)
+        prefill, decode = placement.prefill, placement.decode
+        split = placement.split
+        placed = Placed(
+            number, placement, self._numbers[prefill.name], self._numbers[decode.name], split
+        )
+        self._placed[number] = placed
+        return placed, Route(prefill.name, Peer(decode.name, NOWHERE) if split else None)
+
+    def prefilled(self, placed: Placed, cached: int, now: float) -> None:
+        """Its first token is here."""
+        self.placer.first(placed.placement, now, cached)
+
+    def handed_over(self, placed: Placed) -> None:
+        """Its KV cache has arrived."""
+        self.placer.arrived(placed.placement)
+
+    def ended(self, placed: Placed, request: Arrival, *, served: bool, now: float) -> None:
+        """All its tokens are here, or it was given up."""
+        del self._placed[placed.number]
+        self.placer.end(placed.placement, now)
+        if served and request.output > 1:
+            self.placer.forecast.learn_output(request.input, request.output)
 
     def heard(self, worker: str, cost: CostModel) -> None:
         """A heartbeat says how fast this worker has become."""
-        self._known[worker].rates = rates_of(cost)
+        if known := self.placer.fleet.get(worker):
+            known.cost = cost
+
+    def _listen(self, now: float) -> None:
+        """Hear of the tokens that have come since, of each worker once a heartbeat at most."""
+        for worker, heard in enumerate(self._heard):
+            if now - heard < HEARTBEAT_S:
+                continue
+            self._heard[worker] = now
+            for number, tokens in self.emitted(worker, now).items():
+                placed = self._placed.get(number)
+                if placed and placed.decode == worker and tokens > placed.told:
+                    self.placer.emitted(placed.placement, tokens - placed.told)
+                    placed.told = tokens
 
 
-def rates_of(cost: CostModel) -> Rates:
-    """What a worker of this speed measures of itself before it joins."""
-    return Rates(
-        prefill_tokens_per_s=MEASURED_PROMPT / cost.prefill_s(MEASURED_PROMPT),
-        decode_s_per_token=cost.decode_step_s(1, MEASURED_PROMPT + 1),
+def _worker(spec: WorkerSpec, overlap: bool) -> Worker:
+    return Worker(
+        name=spec.name,
+        role=spec.role,
+        address=NOWHERE,
+        cost=spec.believed or spec.cost,
+        kv_tokens=spec.kv_tokens,
+        step_tokens=spec.max_step_tokens,
+        places=spec.max_sequences,
+        price=spec.price,
+        overlaps=overlap,
     )
+
+
+def _chain(request: Arrival) -> Chain:
+    if not request.prefix:
+        return Chain()
+    ends = (min(PREFIX_TOKENS * (at + 1), request.input) for at in range(len(request.prefix)))
+    return Chain(request.prefix, tuple(ends), request.input)

@@ -35,6 +35,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_sequences: int = 64
     itl_bound_s: float | None = None
     believed: CostModel | None = None
+    price: float | None = None  # of a second, to routing; None: what it can do in one
 
 
 class Timing(msgspec.Struct, frozen=True):

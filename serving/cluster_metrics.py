@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from serving.gateway import Gateway
     from serving.members import Members
@@ -74,13 +74,28 @@ class ClusterCollector:
         yield CounterMetricFamily(
             "motley_workers_lost", "Worker connections that ended.", self._members.lost
         )
-        yield CounterMetricFamily(
+        placing = self._gateway.placing
+        yield _counts(
             "motley_routes_degraded",
-            "Requests placed on a worker whose role it was not, for want of another.",
-            self._gateway.degraded,
+            "Requests placed on a worker whose role it was not, or whole after a hand-over failed.",
+            "reason",
+            placing.degraded,
+        )
+        yield _counts(
+            "motley_disagg_decision",
+            "Routes: whole on one worker, or split into prefill and decode.",
+            "decision_type",
+            placing.decisions,
         )
         yield CounterMetricFamily(
             "motley_requests_replayed",
             "Requests, or choices of them, started again on another worker.",
             self._gateway.replayed,
         )
+
+
+def _counts(name: str, meaning: str, label: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, meaning, labels=(label,))
+    for value, count in counts.items():
+        family.add_metric((value,), count)
+    return family

@@ -28,14 +28,15 @@ from scheduler.messages import (
 from scheduler.request import Job, job_id
 from serving.ask import Delta, ModelInfo
 from serving.inquiry import Inquiries
+from serving.placing import Placing, RoutingOptions
 from serving.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from scheduler.messages import Echo
+    from scheduler.messages import Echo, Output
+    from scheduler.placing import Placement
     from scheduler.request import Prompt
-    from scheduler.routing import Route
     from serving.ask import Ask
     from serving.members import Members
 
@@ -43,32 +44,6 @@ logger = logging.getLogger(__name__)
 
 REPLAY_WAIT_S = 30.0  # how long a request whose worker was lost waits for a place elsewhere
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 1.0  # between two tries, if nobody joins meanwhile
-_LEARN = 0.05  # weight of the newest request in the running averages
-
-
-@dataclass(slots=True)
-class Averages:
-    """What one model's requests look like, learned from those that have passed."""
-
-    bytes_per_token: float = 4.0
-    output_tokens: float = 128.0
-
-    def learn_prompt(self, size: int, tokens: int) -> None:
-        self.bytes_per_token += _LEARN * (size / max(tokens, 1) - self.bytes_per_token)
-
-    def learn_output(self, tokens: int) -> None:
-        self.output_tokens += _LEARN * (tokens - self.output_tokens)
-
-
-@dataclass(slots=True)
-class Placement:
-    """What an attempt adds to its workers' load."""
-
-    prefill: str
-    decode: str
-    prompt_tokens: int
-    choices: int
-    prefilled: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -86,14 +61,18 @@ class Live:
 class Gateway:
     """Implements serving.ask.Generator on the workers that have joined."""
 
-    def __init__(self, members: Members, expected: frozenset[str] = frozenset()) -> None:
-        self.degraded = 0  # routes on which a worker did what is not its role
+    def __init__(
+        self,
+        members: Members,
+        expected: frozenset[str] = frozenset(),
+        routing: RoutingOptions | None = None,
+    ) -> None:
         self.replayed = 0
+        self.placing = Placing(members, routing or RoutingOptions())
         self._members = members
         self._expected = expected
         self._live: dict[str, Live] = {}
         self._numbers = itertools.count()
-        self._averages: dict[str, Averages] = {}
         self._inquiries = Inquiries(members)
         members.on_message = self._on_message
         members.on_lost = self._on_lost
@@ -148,7 +127,7 @@ class Gateway:
         )
 
     def _complete(self, model: str) -> bool:
-        roles = {m.join.role for m in self._members.of(model) if not m.draining}
+        roles = {m.join.role for m in self._members.of(model) if not m.worker.draining}
         return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
 
     def _begin(self, ask: Ask, index: int, stream: Stream) -> Live:
@@ -176,13 +155,10 @@ class Gateway:
         if isinstance(message, Outputs):
             for output in message.items:
                 if live := self._live.get(output.id):
-                    self._prefilled(worker, live, output.epoch)
-                    self._obey(live, live.generation.output(output))
+                    self._output(worker, live, output)
         elif isinstance(message, Accepted):
             if live := self._live.get(message.id):
-                size = _prompt_bytes(live.generation.job)
-                if size and not live.generation.started:
-                    self._average(live).learn_prompt(size, len(message.prompt_ids))
+                self.placing.accepted(live.generation.job, message.prompt_ids)
                 self._obey(live, live.generation.accepted(message.epoch, message.prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
@@ -204,9 +180,17 @@ class Gateway:
         for live in list(self._live.values()):
             self._obey(live, live.generation.worker_lost(worker))
 
+    def _output(self, worker: str, live: Live, output: Output) -> None:
+        if placement := live.placements.get(output.epoch):
+            if placement.queued:
+                self._members.praise(worker)
+            self.placing.output(live.generation.job, placement, output)
+        self._obey(live, live.generation.output(output))
+
     def _handed_over(self, worker: str, live: Live, epoch: int) -> None:
         if placement := live.placements.get(epoch):
-            self._members.praise(worker, placement.decode)
+            self._members.praise(worker, placement.decode.name)
+            self.placing.handed_over(live.generation.job, placement)
         self._obey(live, live.generation.handed_over(epoch, worker))
 
     def _blame(self, live: Live, worker: str, failure: Failed) -> None:
@@ -215,7 +199,7 @@ class Gateway:
         if failure.kind is FailureKind.INTERNAL:
             self._members.blame(worker)
         elif failure.kind is FailureKind.HANDOFF and placement:
-            self._members.blame(placement.prefill, placement.decode)
+            self._members.blame(placement.prefill.name, placement.decode.name)
 
     # ── instructions ────────────────────────────────────────────────────────────────────────────
 
@@ -233,7 +217,7 @@ class Gateway:
             else:
                 self._end(live, instruction)
         for epoch in [e for e in live.placements if e not in live.generation.attempts]:
-            self._unload(live.placements.pop(epoch))
+            self.placing.end(live.generation.job, live.placements.pop(epoch))
 
     def _deliver(self, live: Live, instruction: Deliver) -> None:
         output = instruction.output
@@ -257,10 +241,10 @@ class Gateway:
         del self._live[generation.job.id]
         for task in live.waiting:
             task.cancel()
-        if instruction.error is None and not generation.job.prefill_only:
+        if instruction.error is None:
             for ledger in generation.ledgers.values():
                 if ledger.finished:
-                    self._average(live).learn_output(len(ledger.emitted))
+                    self.placing.finished(generation.job, len(ledger.emitted))
         live.stream.end(instruction.error)
 
     def _place(self, live: Live, place: Place) -> None:
@@ -277,15 +261,11 @@ class Gateway:
 
     def _try(self, live: Live, place: Place) -> None:
         """Raises Unavailable."""
-        job, average = place.job, self._average(live)
-        tokens = len(job.prompt.ids or ()) or int(_prompt_bytes(job) / average.bytes_per_token)
-        tokens += len(job.emitted)
-        output = min(int(average.output_tokens), job.limits.max_tokens or 1 << 30)
-        route = self._members.route(job.model, tokens, output, place.avoid, place.split)
-        self.degraded += route.degraded
-        self.replayed += live.generation.attempts[job.epoch].number > 1
-        self._load(live, job, route, tokens)
-        self._obey(live, live.generation.routed(job.epoch, route))
+        epoch = place.job.epoch
+        placement, route = self.placing.place(place)
+        live.placements[epoch] = placement
+        self.replayed += live.generation.attempts[epoch].number > 1
+        self._obey(live, live.generation.routed(epoch, route))
 
     async def _place_later(self, live: Live, place: Place) -> None:
         """Try again whenever a worker joins, and now and then, for at most REPLAY_WAIT_S.
@@ -309,40 +289,3 @@ class Gateway:
             message = f"its worker was lost, and {REPLAY_WAIT_S:g} s later still {reason}"
             late = Unavailable(message, retry_after=REPLAY_WAIT_S)
             self._obey(live, live.generation.unroutable(epoch, late))
-
-    # ── load ────────────────────────────────────────────────────────────────────────────────────
-
-    def _load(self, live: Live, job: Job, route: Route, tokens: int) -> None:
-        decode = route.handoff.name if route.handoff else route.worker
-        placement = Placement(route.worker, decode, tokens, len(job.choices))
-        live.placements[job.epoch] = placement
-        self._add(placement, tokens=tokens, running=placement.choices)
-
-    def _prefilled(self, worker: str, live: Live, epoch: int) -> None:
-        """The attempt's first token is here: its prompt queues no more."""
-        placement = live.placements.get(epoch)
-        if placement and not placement.prefilled:
-            self._members.praise(worker)
-            placement.prefilled = True
-            self._add(placement, tokens=-placement.prompt_tokens, running=0)
-
-    def _unload(self, placement: Placement) -> None:
-        tokens = 0 if placement.prefilled else -placement.prompt_tokens
-        self._add(placement, tokens=tokens, running=-placement.choices)
-
-    def _add(self, placement: Placement, tokens: int, running: int) -> None:
-        if member := self._members.get(placement.prefill):
-            member.queued_tokens += tokens
-        if member := self._members.get(placement.decode):
-            member.running += running
-
-    def _average(self, live: Live) -> Averages:
-        return self._averages.setdefault(live.generation.job.model, Averages())
-
-
-def _prompt_bytes(job: Job) -> int:
-    """Characters of a prompt that is still text; 0 once it is ids."""
-    if job.prompt.text is not None:
-        return len(job.prompt.text)
-    messages = sum(len(message.content) for message in job.prompt.messages or ())
-    return messages + len(job.prompt.tools or "")

@@ -27,10 +27,10 @@ class Inquiries:
 
     async def tokenise(self, model: str, prompt: Prompt, created: float) -> Tokenised:
         """Ask the least busy worker of a model. Raises BadRequest or Unavailable."""
-        members = [m for m in self._members.of(model) if not m.draining]
+        members = [m for m in self._members.of(model) if not m.worker.draining]
         if not members:
             raise Unavailable(f"the workers of {model!r} are not ready", retry_after=2)
-        member = min(members, key=lambda m: (m.queued_tokens, m.running, m.join.name))
+        member = min(members, key=lambda m: (m.worker.outstanding, m.join.name))
         question = job_id(self._members.router, next(self._numbers), "tokens")
         answer: asyncio.Future[Tokenised] = asyncio.get_running_loop().create_future()
         self._waiting[question] = (member.join.name, answer)

@@ -14,14 +14,16 @@ import logging
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from scheduler import cost
 from scheduler.breaker import Breaker, State
 from scheduler.errors import ProtocolError
+from scheduler.fleet import Fleet, Worker
 from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
 from scheduler.models import BLOCK_TOKENS
-from scheduler.routing import Route, WorkerView, choose
+from scheduler.routing import Route
 from scheduler.suspicion import LOOK_S, Suspicion
 
 if TYPE_CHECKING:
@@ -50,28 +52,12 @@ class Member:
     """One worker, as the router sees it."""
 
     join: Join
+    worker: Worker  # as routing sees it
     connection: Connection
     since: float  # Unix seconds
     record: Record
     load: Load | None = None
-    draining: bool = False
-    queued_tokens: int = 0  # the gateway's count of prompt tokens that wait here
-    running: int = 0  # the gateway's count of sequences that decode, or will decode, here
     outbox: asyncio.Queue[Wire] = field(default_factory=asyncio.Queue)
-
-    @property
-    def view(self) -> WorkerView:
-        join = self.join
-        return WorkerView(
-            name=join.name,
-            role=join.role,
-            address=join.address,
-            rates=join.rates,
-            kv_tokens=join.kv_blocks * BLOCK_TOKENS,
-            queued_tokens=self.queued_tokens,
-            running=self.running,
-            draining=self.draining,
-        )
 
 
 class Members:
@@ -82,9 +68,10 @@ class Members:
         self.on_lost: Callable[[str], None] = lambda worker: None
         self.lost = 0
         self.router = secrets.token_hex(4)  # this router's id: several may share their workers
-        self._clock = clock
+        self.clock = clock
         self._members: dict[str, Member] = {}
         self._records: dict[str, Record] = {}
+        self._fleets: dict[str, Fleet] = {}
         self._changed = asyncio.Condition()
 
     def of(self, model: str | None = None) -> list[Member]:
@@ -99,21 +86,18 @@ class Members:
         """A worker of this model was here not long ago."""
         return any(record.model == model for record in self._records.values())
 
-    def route(
-        self, model: str, prompt_tokens: int, output_tokens: int, avoid: frozenset[str], split: bool
-    ) -> Route:
-        """Choose a route now, with an address that its prefill worker can reach.
+    def fleet(self, model: str) -> Fleet:
+        """This model's workers, as routing sees them. The same object for as long as we live."""
+        return self._fleets.setdefault(model, Fleet())
 
-        Raises Unavailable.
-        """
-        views = [member.view for member in self._sound(self.of(model))]
-        route = choose(prompt_tokens, output_tokens, views, avoid, split)
-        self._members[route.worker].record.breaker.tried(self._clock())
-        if route.handoff is None:
-            return route
-        self._members[route.handoff.name].record.breaker.tried(self._clock())
-        address = self._reachable(self._members[route.worker], self._members[route.handoff.name])
-        return replace(route, handoff=Peer(route.handoff.name, address))
+    def route(self, prefill: str, decode: str) -> Route:
+        """These two were chosen: how the one reaches the other."""
+        for name in {prefill, decode}:
+            self._members[name].record.breaker.tried(self.clock())
+        if prefill == decode:
+            return Route(prefill)
+        address = self._reachable(self._members[prefill], self._members[decode])
+        return Route(prefill, Peer(decode, address))
 
     def praise(self, *workers: str) -> None:
         """They did what they were asked."""
@@ -123,11 +107,11 @@ class Members:
     def blame(self, *workers: str) -> None:
         """They failed. Whoever does so again and again is spared for a while."""
         for member in filter(None, map(self.get, workers)):
-            member.record.breaker.failed(self._clock())
+            member.record.breaker.failed(self.clock())
 
     def spared(self, member: Member) -> bool:
         """It kept failing: its circuit breaker is open, or half open."""
-        return member.record.breaker.state(self._clock()) is not State.CLOSED
+        return member.record.breaker.state(self.clock()) is not State.CLOSED
 
     def post(self, worker: str, message: Wire) -> None:
         """Send in order, without waiting. A worker that is gone needs no message."""
@@ -151,13 +135,15 @@ class Members:
         if reason := self._objection(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
-        member = Member(join, connection, since=time.time(), record=self._recall(join))
+        record = self._recall(join)
+        member = Member(join, _worker(join, record), connection, since=time.time(), record=record)
         helpers = [asyncio.create_task(self._write(member))]
         try:
             await connection.send(Joined(HEARTBEAT_S, self.router))
             if old := self._members.get(join.name):
                 self._remove(old)  # it came back before we noticed that it was gone
             self._members[join.name] = member
+            self.fleet(join.model).add(member.worker)
             logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
             async with self._changed:
                 self._changed.notify_all()
@@ -188,7 +174,7 @@ class Members:
 
     def _recall(self, join: Join) -> Record:
         """The record of this name; those of workers that are gone for good are forgotten."""
-        now = self._clock()
+        now = self.clock()
         for other in [n for n, r in self._records.items() if n not in self._members]:
             if now - self._records[other].left > REMEMBER_S:
                 del self._records[other]
@@ -197,21 +183,13 @@ class Members:
         record.suspicion.silence = 0.0
         return record
 
-    def _sound(self, members: list[Member]) -> list[Member]:
-        """Those that neither keep failing nor are suspiciously silent; all, if none is sound."""
-        now = self._clock()
-        sound = [
-            m for m in members if m.record.breaker.allows(now) and not m.record.suspicion.doubtful
-        ]
-        return sound or members
-
     async def _read(self, member: Member) -> None:
         while True:
             message, _ = await member.connection.receive()
             if isinstance(message, Load):
                 member.load = message
             elif isinstance(message, Leaving):
-                member.draining = True
+                member.worker.draining = True
             else:
                 self.on_message(member.join.name, message)
 
@@ -223,10 +201,10 @@ class Members:
     async def _watch(self, member: Member) -> None:
         """Bytes are signs of life: a long message on a slow link is one."""
         suspicion, connection = member.record.suspicion, member.connection
-        heard, looked = connection.bytes_read, self._clock()
+        heard, looked = connection.bytes_read, self.clock()
         while True:
             await asyncio.sleep(LOOK_S)
-            before, looked = looked, self._clock()
+            before, looked = looked, self.clock()
             patience = suspicion.patience
             if suspicion.look(heard=connection.bytes_read > heard, elapsed=looked - before):
                 logger.warning("worker %s is silent for %.1f s", member.join.name, patience)
@@ -237,10 +215,11 @@ class Members:
     def _remove(self, member: Member) -> None:
         member.connection.close()
         if self._members.get(member.join.name) is member:
-            if not member.draining:
+            if not member.worker.draining:
                 self.blame(member.join.name)
-            member.record.left = self._clock()
+            member.record.left = self.clock()
             del self._members[member.join.name]
+            self.fleet(member.join.model).remove(member.join.name)
             self.lost += 1
             logger.info("worker %s left", member.join.name)
             self.on_lost(member.join.name)
@@ -257,6 +236,18 @@ class Members:
         if beside_us and not _is_loopback(sender.connection.remote[0]):
             return Address(sender.connection.local[0], address.port)
         return address
+
+
+def _worker(join: Join, record: Record) -> Worker:
+    """It is unsound while it keeps failing, or is suspiciously silent."""
+    return Worker(
+        name=join.name,
+        role=join.role,
+        address=join.address,
+        cost=cost.of_rates(join.rates),
+        kv_tokens=join.kv_blocks * BLOCK_TOKENS,
+        sound=lambda now: record.breaker.allows(now) and not record.suspicion.doubtful,
+    )
 
 
 def _is_loopback(host: str) -> bool:

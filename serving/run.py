@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scheduler.messages import Address
@@ -18,6 +18,7 @@ from serving.gateway import Gateway
 from serving.members import Members
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
+from serving.placing import RoutingOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,7 @@ class RouterConfig:
     cluster: Address  # where workers join
     secret: str
     workers: LocalWorkers
+    routing: RoutingOptions = field(default_factory=RoutingOptions)
     drain_s: float = 30.0  # what requests in flight have at the end
 
 
@@ -94,7 +96,8 @@ async def run_router(
     every local worker has joined. Raises SetupError if a port is taken or a worker cannot start.
     """
     members, metrics = Members(), Metrics()
-    gateway = Gateway(members, frozenset(name for name, _ in config.workers.models))
+    models = frozenset(name for name, _ in config.workers.models)
+    gateway = Gateway(members, models, config.routing)
     metrics.registry.register(ClusterCollector(members, gateway))
     secret = config.secret.encode()
     async with AsyncExitStack() as stack:

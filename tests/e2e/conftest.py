@@ -43,12 +43,12 @@ class Cluster:
         assert found, f"{pattern!r} did not come:\n{self.log}"
         return found
 
-    def metric(self, name: str, worker: str) -> float:
-        """A worker's figure, as /metrics has it now."""
+    def metric(self, name: str, value: str, label: str = "worker") -> float:
+        """A worker's figure, or that of another label's value, as /metrics has it now."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
             text = reply.read().decode()
-        found = re.search(rf'^{name}{{[^}}]*worker="{worker}"[^}}]*}} (\S+)$', text, re.MULTILINE)
-        assert found, f"no {name} of {worker}"
+        found = re.search(rf'^{name}{{[^}}]*{label}="{value}"[^}}]*}} (\S+)$', text, re.MULTILINE)
+        assert found, f"no {name} of {value}"
         return float(found.group(1))
 
     async def metric_becomes(self, name: str, worker: str, value: float) -> None:
@@ -133,11 +133,14 @@ def launch(tmp_path):
 
 @pytest.fixture
 def serve(launch):
-    """Start `motley serve ARGUMENTS` and wait for its ready line."""
+    """Start `motley serve ARGUMENTS` and wait for its ready line.
+
+    Least load, unless told otherwise: it hands over whenever there is a prefill worker.
+    """
 
     @contextmanager
-    def start(*arguments: str, **options):
-        with launch("serve", "--port", "0", *arguments, **options) as cluster:
+    def start(*arguments: str, policy: str = "least-load", **options):
+        with launch("serve", "--port", "0", "--policy", policy, *arguments, **options) as cluster:
             cluster.url = cluster.wait_for(r"Motley is ready: (\S+)").group(1)
             yield cluster
 

@@ -38,6 +38,15 @@ async def test_sixteen_clients_at_once_get_what_each_gets_alone(serve):
 
 
 @pytest.mark.asyncio
+async def test_a_short_prompt_beside_nobody_is_not_handed_over(serve):
+    """By default each route is priced, and a hand-over costs something."""
+    with serve("fake", policy="priced") as cluster:
+        async with client(cluster) as api:
+            await ask(api, "hello", max_tokens=4)
+        assert cluster.metric("motley_disagg_decision_total", "whole", "decision_type") == 1
+
+
+@pytest.mark.asyncio
 async def test_a_client_that_leaves_frees_its_blocks_within_two_steps(serve):
     with serve(SLOW) as cluster:
         async with client(cluster) as api:

@@ -12,8 +12,9 @@ from scheduler.blocks import BlockPool
 from scheduler.cost import CostModel, StepShape
 from scheduler.errors import SetupError, Unavailable
 from scheduler.messages import Role
+from scheduler.policies import POLICIES
 from scheduler.request import Job, Limits, Prompt, Sampling
-from scheduler.routing import choose
+from scheduler.routing import priced
 from scheduler.simulate import Simulation, simulate
 from scheduler.simulate_engine import Batch
 from scheduler.simulate_load import Process, draw, parse_process
@@ -60,7 +61,7 @@ class OneByOne(Batch):
 
 
 def step_by_step(workers, load, timing):
-    simulation = Simulation(workers, load, timing, choose)
+    simulation = Simulation(workers, load, timing)
     for each in simulation.workers:
         pool = BlockPool(each.batch.pool.size)
         each.batch = OneByOne(
@@ -162,11 +163,11 @@ def test_no_worker_holds_more_blocks_than_it_has_and_in_the_end_none():
     specs = [worker(each.name, each.role, kv_tokens=3000) for each in (*MIXED, *SPLIT)]
     seen = []
 
-    def watching(prompt_tokens, output_tokens, views):
+    def watching(demand, lanes, now, draw):
         for each in simulation.workers:
             each.batch.check_integrity()
             seen.append(each.batch.pool.size - each.batch.pool.free)
-        return choose(prompt_tokens, output_tokens, views)
+        return priced(demand, lanes, now, draw)
 
     simulation = Simulation(specs, requests(150, 10.0, most=2000), Timing(), watching)
     simulation.run()
@@ -179,16 +180,16 @@ def test_the_router_forgets_what_has_ended():
     counts = []
 
     class Counting(Router):
-        def place(self, tokens, most):
-            placed = super().place(tokens, most)
-            counts.append(sum(known.running for known in self._known.values()))
+        def place(self, number, request, now):
+            placed = super().place(number, request, now)
+            counts.append(sum(worker.running for worker in self.placer.fleet))
             return placed
 
-    simulation = Simulation(specs, requests(100, 1.0), Timing(), choose)
+    simulation = Simulation(specs, requests(100, 1.0), Timing())
     simulation._router = router = Counting(specs)
     simulation.run()
     assert max(counts) > 1
-    assert all(k.running == k.queued_tokens == 0 for k in router._known.values())
+    assert all(worker.idle and not worker.moving for worker in router.placer.fleet)
 
 
 def test_the_same_requests_give_the_same_outcome():
@@ -215,8 +216,9 @@ def test_a_split_request_waits_for_its_kv_cache_and_hides_it_where_layers_are_pu
         WorkerSpec("d", Role.DECODE, cost, 16384),
     ]
     load = [Arrival(0.0, 900, 2)]
-    plain = simulate(specs, load, Timing(0.0, 0.0, overlap=False))
-    hidden = simulate(specs, load, INSTANT)
+    always = POLICIES["least-load"]
+    plain = simulate(specs, load, Timing(0.0, 0.0, overlap=False), always)
+    hidden = simulate(specs, load, INSTANT, always)
     assert plain.ttft[0] == hidden.ttft[0] == pytest.approx(cost.prefill_s(900))
     step = cost.decode_step_s(1, 901)
     assert plain.tpot[0] == pytest.approx(0.3 + step)
@@ -231,7 +233,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_computed_from_there():
 
 
 def test_a_policy_may_refuse():
-    def nobody(prompt_tokens, output_tokens, views):
+    def nobody(demand, lanes, now, draw):
         raise Unavailable("full", retry_after=1)
 
     outcome = simulate(MIXED, requests(5, 1.0), policy=nobody)

@@ -16,6 +16,7 @@ from scheduler.transport import listen
 from serving.ask import Ask
 from serving.gateway import Gateway
 from serving.members import Members
+from serving.placing import RoutingOptions
 from workers.service import WorkerConfig, WorkerService
 
 SECRET = b"of this test"
@@ -43,9 +44,9 @@ class Worker:
 class Cluster:
     """The router's side, and workers that come and go."""
 
-    def __init__(self, make_engine, until, clock) -> None:
+    def __init__(self, make_engine, until, clock, policy) -> None:
         self.members = Members(clock)
-        self.gateway = Gateway(self.members, frozenset({"fake"}))
+        self.gateway = Gateway(self.members, frozenset({"fake"}), RoutingOptions(policy))
         self.workers: dict[str, Worker] = {}
         self.port = 0
         self.also: tuple[Address, ...] = ()  # routers that new workers join besides this one
@@ -101,18 +102,21 @@ class Cluster:
             worker.engine.check_integrity()
             assert batcher.pool.free == batcher.pool.size
         for member in self.members.of():
-            assert (member.queued_tokens, member.running) == (0, 0)
+            assert member.worker.idle, member.worker
 
 
 @pytest.fixture
 def cluster(make_engine, until):
-    """`async with cluster("p", "d") as it`: roles by first letter. Leaks fail at the end."""
+    """`async with cluster("p", "d") as it`: roles by first letter. Leaks fail at the end.
+
+    Least load, unless told otherwise: it hands over whenever there is a prefill worker.
+    """
     roles = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
     @asynccontextmanager
-    async def start(*names: str, clock=time.monotonic, **engine):
+    async def start(*names: str, clock=time.monotonic, policy="least-load", **engine):
         tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-        it = Cluster(make_engine, until, clock)
+        it = Cluster(make_engine, until, clock, policy)
         async with listen("127.0.0.1", 0, SECRET, it.members.serve) as (_, it.port):
             try:
                 for name in names:

@@ -8,6 +8,7 @@ import pytest
 
 from scheduler.errors import BadRequest, SetupError, Unavailable
 from scheduler.messages import Role
+from scheduler.policies import POLICIES
 from serving.ask import ModelInfo
 from workers.fake import FakeOptions
 
@@ -39,9 +40,18 @@ async def test_every_shape_of_cluster_gives_the_same_answer(
     expected = {n: alone(make_engine, make_job, choices=(n,)) for n in (0, 1)}
     async with cluster(*workers) as it:
         assert await it.text(make_ask(n=2)) == expected
-        assert it.gateway.degraded == (len(workers) == 1 and workers != ("m",))
+        missing = {("d",): "no_prefill", ("p",): "no_decode"}.get(workers)
+        assert it.gateway.placing.degraded == ({missing: 1} if missing else {})
         if workers == ("p", "d"):
             assert it.workers["d"].engine.tokens == 2 * 16
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_every_policy_gives_the_same_answer(cluster, make_ask, make_engine, make_job, policy):
+    async with cluster("p", "d", "m", policy=policy) as it:
+        answers = await asyncio.gather(*(it.text(make_ask()) for _ in range(4)))
+        assert answers == [{0: alone(make_engine, make_job)}] * 4
+        assert it.gateway.placing.decisions.total() == 4
 
 
 async def test_prompts_of_one_request_are_numbered_by_prompt_and_choice(cluster, make_ask):
@@ -118,7 +128,7 @@ async def test_workers_that_are_expected_but_not_here(cluster, make_ask):
 
 async def test_all_workers_drain(cluster, make_ask):
     async with cluster("m") as it:
-        it.members.get("m").draining = True
+        it.members.get("m").worker.draining = True
         with pytest.raises(Unavailable, match="no worker for this model is ready"):
             await it.text(make_ask())
 

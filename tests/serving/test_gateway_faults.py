@@ -139,9 +139,10 @@ async def test_a_replay_that_the_queue_refuses_waits_for_the_queue(
     cluster, make_ask, unbroken, until
 ):
     """Nobody joins: what changes is the load of those who are there."""
-    async with cluster("m1", "m2", options=SLOW) as it:
+    async with cluster("m1", "m2", options=SLOW, policy="priced") as it:
         other = it.members.get("m2")
-        other.queued_tokens += 10**9  # so m1 has the request, and its replay is refused
+        # So m1 has the request, and its replay is refused.
+        other.worker.enqueue((0, 0), 10**9, 0, it.members.clock())
         done = asyncio.Event()
 
         async def strike():
@@ -152,7 +153,7 @@ async def test_a_replay_that_the_queue_refuses_waits_for_the_queue(
         await done.wait()
         (live,) = it.gateway._live.values()
         await until(lambda: live.waiting)
-        other.queued_tokens -= 10**9
+        other.worker.dequeue((0, 0), 10**9, 0, it.members.clock())
         assert await answer == unbroken()
         assert it.gateway.replayed == 1
 
@@ -194,9 +195,9 @@ async def test_a_failing_step_of_a_pair(cluster, make_ask, unbroken, name):
         for role in (Role.PREFILL, Role.DECODE):
             broken = {"runner": Broken([1])} if name == str(role)[0] else {}
             await it.join(str(role)[0], role, options=SLOW, **broken)
-        it.members.get("m").queued_tokens += 10**7  # the pair is the first choice
+        it.members.get("m").worker.outstanding += 9  # the pair is the first choice
         assert await it.text(make_ask()) == unbroken()
-        it.members.get("m").queued_tokens -= 10**7
+        it.members.get("m").worker.outstanding -= 9
         assert it.gateway.replayed == 1
 
 
@@ -259,7 +260,7 @@ async def test_a_worker_that_drains_finishes_what_it_has(cluster, make_ask, unbr
 
         async def strike():
             it.workers["m"].service.leave()
-            await until(lambda: it.members.get("m").draining)
+            await until(lambda: it.members.get("m").worker.draining)
 
         assert await answer_while(it, make_ask(), 3, strike) == unbroken()
         await it.workers.pop("m").task

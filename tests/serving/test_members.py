@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from scheduler import suspicion
-from scheduler.errors import ProtocolError, Unavailable
+from scheduler.errors import ProtocolError
 from scheduler.messages import (
     VERSION,
     Address,
@@ -23,7 +23,8 @@ from scheduler.messages import (
     Rates,
     Role,
 )
-from scheduler.routing import Route
+from scheduler.pricing import Demand
+from scheduler.routing import Route, choose, priced
 from scheduler.transport import dial, listen
 from serving import members as members_module
 from serving.cluster_metrics import ClusterCollector
@@ -61,6 +62,11 @@ class Router:
         self.address = ("", 0)
         self.connections: list = []
 
+    def chosen(self) -> str:
+        """The mixed worker that takes a request now."""
+        fleet, now = self.members.fleet("m"), self.members.clock()
+        return choose(Demand(100, 10), fleet, now, lambda: 0.5, priced).decode.name
+
     async def join(self, name: str = "a", **changes):
         connection = await dial(*self.address, SECRET)
         self.connections.append(connection)
@@ -94,9 +100,9 @@ async def test_a_worker_joins_speaks_and_leaves(routing, until):
         await worker.send(HandedOver("job", 1))
         await worker.send(Leaving())
         member = router.members.get("a")
-        await until(lambda: member.draining)
+        await until(lambda: member.worker.draining)
         assert (member.load, router.heard) == (LOAD, [("a", HandedOver("job", 1))])
-        assert member.view.draining
+        assert member.worker.draining
         worker.close()
         await until(lambda: router.members.of() == [])
         assert (router.lost, router.members.lost) == (["a"], 1)
@@ -198,9 +204,9 @@ async def test_who_is_doubtful_gets_nothing_new_while_others_are_there(routing):
         await router.join("b")
         router.members.get("a").record.suspicion.silence = 0.5
         for _ in range(3):
-            assert router.members.route("m", 100, 10, frozenset(), True) == Route("b")
+            assert router.chosen() == "b"
         router.members.get("b").record.suspicion.silence = 0.5
-        assert router.members.route("m", 100, 10, frozenset(), True) == Route("a")
+        assert router.chosen() == "a"
 
 
 async def test_losses_in_a_row_open_the_breaker_and_a_farewell_does_not(routing, until):
@@ -211,17 +217,17 @@ async def test_losses_in_a_row_open_the_breaker_and_a_farewell_does_not(routing,
             worker.close()
             await until(lambda: router.members.get("a") is None)
         await router.join("a")
-        assert router.members.route("m", 100, 10, frozenset(), True) == Route("b")
+        assert router.chosen() == "b"
         router.members.praise("a")
         for _ in range(5):
             worker = await router.join("a")
             await worker.send(Leaving())
             member = router.members.get("a")
-            await until(lambda member=member: member.draining)
+            await until(lambda member=member: member.worker.draining)
             worker.close()
             await until(lambda: router.members.get("a") is None)
         await router.join("a")
-        assert router.members.route("m", 100, 10, frozenset(), True) == Route("a")
+        assert router.chosen() == "a"
 
 
 async def test_a_broken_word_is_a_loss(routing, until):
@@ -241,11 +247,8 @@ async def test_a_route_names_an_address(routing):
     async with routing() as router:
         await router.join("p", role=Role.PREFILL)
         await router.join("d", role=Role.DECODE, address=Address("10.0.0.7", 9))
-        route = router.members.route("m", 100, 10, frozenset(), True)
-        assert route == Route("p", Peer("d", Address("10.0.0.7", 9)))
-        assert router.members.route("m", 100, 10, frozenset(), False) == Route("d")
-        with pytest.raises(Unavailable):
-            router.members.route("other", 100, 10, frozenset(), True)
+        assert router.members.route("p", "d") == Route("p", Peer("d", Address("10.0.0.7", 9)))
+        assert router.members.route("d", "d") == Route("d")
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,7 @@ async def test_a_worker_beside_the_router_is_reached_at_the_routers_address(
         await router.join("d", role=Role.DECODE, address=Address(receiver, 9))
         connection = router.members.get("p").connection
         connection.remote, connection.local = (sender, 1), ("10.0.0.1", 2)
-        route = router.members.route("m", 100, 10, frozenset(), True)
+        route = router.members.route("p", "d")
         assert route.handoff == Peer("d", Address(reached, 9))
 
 

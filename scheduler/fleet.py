@@ -1,0 +1,243 @@
+"""What routing knows of the workers of one model: what their steps cost, and what they hold.
+
+The router counts what it sends, so that a choice never waits for a report; reports correct what a
+step costs there. Sums are kept as work (tokens), and become seconds at the newest cost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from scheduler.cost import STEP_TOKENS
+from scheduler.messages import Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from scheduler.cost import CostModel
+    from scheduler.messages import Address
+
+Rank = tuple[int, int]  # (priority, share): a lower one is served first
+
+SHORTLIST = 32  # above so many workers a choice looks at a sample
+SAMPLE = 16  # workers, at least two of each role and speed
+MIXING_S = 5.0  # over which a worker's share of prompts is averaged
+LATE_REPORT_S = 1.0  # after so long without one a worker is believed to stand still
+MOST_MIXED = 0.9  # of a worker's time: beyond, the line between load and latency is a wall
+
+
+class Queued(NamedTuple):
+    """Prompts of one rank that were sent to a worker and are not through it."""
+
+    jobs: int = 0
+    tokens: int = 0  # not cached
+    attended: int = 0  # see StepShape.prompt_context
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One worker, as routing sees it. Times are in seconds of the router's clock."""
+
+    name: str
+    role: Role
+    address: Address
+    cost: CostModel
+    kv_tokens: int = 1 << 62  # that its KV cache holds
+    step_tokens: int = STEP_TOKENS  # most in one step
+    places: int = 1 << 30  # sequences that run at once
+    overlaps: bool = False  # its KV cache moves while the prompt is still computed
+    price: float | None = None  # of a second; None: what it can do in one
+    draining: bool = False
+    sound: Callable[[float], bool] = lambda now: True  # neither failing nor suspect at this time
+    heard: float = 0.0  # when its last report came
+    standing: float = 0.0  # how long the step that it is in had taken by then
+    queued: dict[Rank, Queued] = field(default_factory=dict)
+    begun: float = 0.0  # when the prompt at the head of its queue began, as far as we know
+    outstanding: int = 0  # choices that it computes or will compute, whichever phase
+    running: int = 0  # choices that it decodes, or will
+    context: float = 0.0  # tokens of these, half of their predicted output included
+    held: float = 0.0  # tokens of KV cache that they will need
+    moving: float = 0.0  # bytes of KV cache on their way to or from it
+    left: float = 0.0  # tokens that the choices which have begun are still to give
+    # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits
+    # allow in all, when they began (summed), and the tokens that they are still to give.
+    limited: int = 0
+    allowed: float = 0.0
+    started: float = 0.0
+    limited_left: float = 0.0
+    _order: tuple[float, str] = (0.0, "")
+    _mixed: float = 0.0  # share of its recent time that went to prompts
+    _mixed_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._order = (self.token_s, self.name)
+
+    def may_hand_to(self, other: Worker) -> bool:
+        """Mixed workers hand over from the faster one to the slower one, as they joined.
+
+        Blocks are reserved at the receiver before the sender takes its own. If two could do that to
+        each other, each could wait for blocks that are reserved for the other's requests for ever.
+        """
+        both = self.role is other.role is Role.MIXED
+        return self is not other and (not both or self._order < other._order)
+
+    @property
+    def value(self) -> float:
+        """What a second of it is worth: its price, or the prompt tokens that it computes."""
+        return 1 / self.token_s if self.price is None else self.price
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of a prompt token in a full step, without its attention."""
+        return self.cost.token + self.cost.step / self.step_tokens
+
+    @property
+    def idle(self) -> bool:
+        """Nothing that was sent here is still counted."""
+        return not (self.queued or self.outstanding or self.running or self.limited)
+
+    def prompt_s(self, tokens: int, attended: int) -> float:
+        """Seconds that so many prompt tokens take, in pieces, beside the sequences that run."""
+        cost, running = self.cost, self.running
+        room = max(self.step_tokens - running, self.step_tokens // 4)
+        step = cost.step + cost.sequence * running + cost.context * self.context
+        return tokens * (cost.token + step / room) + attended * cost.attend
+
+    def wait_s(self, rank: Rank, now: float) -> float:
+        """Seconds until a prompt of this rank that is sent now begins."""
+        jobs = tokens = attended = 0
+        for other, work in self.queued.items():
+            if other <= rank:
+                jobs += work.jobs
+                tokens += work.tokens
+                attended += work.attended
+        wait = self.stalled_s(now)
+        if jobs:
+            queue = self.prompt_s(tokens, attended)
+            wait += queue - min(max(0.0, now - self.begun), queue / jobs)
+        return wait
+
+    def stalled_s(self, now: float) -> float:
+        """How long it has been standing still: it may for as long again."""
+        if not self.heard:
+            return 0.0
+        silent = now - self.heard
+        return self.standing + (silent if silent > LATE_REPORT_S else 0.0)
+
+    def mixed(self, now: float) -> float:
+        """The share of its time that goes to prompts."""
+        return min(MOST_MIXED, self._mixed * math.exp((self._mixed_at - now) / MIXING_S))
+
+    def tpot_s(self, more: int, context: float, now: float) -> float:
+        """Seconds between two tokens with so many further sequences."""
+        step = self.cost.decode_step_s(self.running + more, self.context + context)
+        return step / (1 - self.mixed(now))
+
+    def slack_s(self, tpot: float, now: float) -> float:
+        """Seconds that running choices may be held up, on the mean, and still keep their limits.
+
+        A choice that decodes at a steady pace below its limit keeps the slack it began with.
+        """
+        if not self.limited:
+            return math.inf
+        gone = now * self.limited - self.started
+        return (self.allowed - gone - self.limited_left * tpot) / self.limited
+
+    def room_s(self, tokens: float, choices: int, tpot: float) -> float:
+        """Seconds until it has blocks for so many tokens more, and places for the choices.
+
+        What runs ends, on the mean, after the tokens that it has left, and gives back its share.
+        """
+        if not self.running:
+            return 0.0
+        over = (self.held + tokens - self.kv_tokens) / max(self.held, 1.0)
+        crowd = (self.running + choices - self.places) / self.running
+        return max(over, crowd, 0.0) * self.left / self.running * tpot
+
+    def settle(self) -> None:
+        """When nothing runs the sums are 0: what rounding left in them is not work."""
+        if not self.running:
+            self.context = self.held = self.left = 0.0
+        if not self.limited:
+            self.allowed = self.started = self.limited_left = 0.0
+
+    def enqueue(self, rank: Rank, tokens: int, attended: int, now: float) -> None:
+        """A prompt was sent here."""
+        if not self.queued:
+            self.begun = now
+        jobs, before, pairs = self.queued.get(rank, Queued())
+        self.queued[rank] = Queued(jobs + 1, before + tokens, pairs + attended)
+        share = self.cost.token * tokens + self.cost.attend * attended
+        self._mixed = self.mixed(now) + share / MIXING_S
+        self._mixed_at = now
+
+    def dequeue(self, rank: Rank, tokens: int, attended: int, now: float) -> None:
+        """It is computed, or will not be."""
+        jobs, before, pairs = self.queued[rank]
+        if jobs == 1:
+            del self.queued[rank]
+        else:
+            self.queued[rank] = Queued(jobs - 1, before - tokens, pairs - attended)
+        self.begun = now
+
+
+class Fleet:
+    """The workers of one model: a choice looks at few of them, however many they are."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._pools: dict[tuple[Role, int], list[Worker]] = {}  # role, octave of speed
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, name: str) -> Worker | None:
+        return self._workers.get(name)
+
+    def add(self, worker: Worker) -> None:
+        """Takes the place of one of the same name."""
+        self.remove(worker.name)
+        self._workers[worker.name] = worker
+        self._pools.setdefault(_kind(worker), []).append(worker)
+
+    def drain(self, name: str) -> None:
+        """Choose it no more."""
+        if worker := self._workers.get(name):
+            worker.draining = True
+
+    def remove(self, name: str) -> None:
+        if worker := self._workers.pop(name, None):
+            for pool in self._pools.values():
+                if worker in pool:
+                    pool.remove(worker)
+
+    def candidates(self, now: float, draw: Callable[[], float]) -> list[Worker]:
+        """All workers that take requests; above SHORTLIST a sample of every role and speed.
+
+        Those that are unsound only if nobody else is left.
+
+        `draw` gives numbers in [0, 1).
+        """
+        found = [worker for worker in self._sample(draw) if not worker.draining]
+        return [worker for worker in found if worker.sound(now)] or found
+
+    def _sample(self, draw: Callable[[], float]) -> Iterable[Worker]:
+        if len(self._workers) <= SHORTLIST:
+            return self._workers.values()
+        each = max(2, SAMPLE // len(self._pools))
+        found: dict[Worker, None] = {}
+        for pool in self._pools.values():
+            if len(pool) <= each:
+                found.update(dict.fromkeys(pool))
+            else:
+                found.update((pool[int(draw() * len(pool))], None) for _ in range(each))
+        return found
+
+
+def _kind(worker: Worker) -> tuple[Role, int]:
+    return worker.role, round(math.log2(max(worker.value, 1e-12)))

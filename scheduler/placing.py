@@ -1,0 +1,170 @@
+"""One model's placements: a route for each attempt, and the load that it brings, until it ends.
+
+    place ──► first (prompt computed) ──► emitted … ──► end
+                └─► arrived (its KV cache is where it decodes)
+
+The live router and the simulator drive the same object: events in, with the time, and a route out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from scheduler.affinity import Chain, Prefixes
+from scheduler.forecast import Forecast
+from scheduler.routing import choose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scheduler.fleet import Fleet, Worker
+    from scheduler.pricing import Demand
+    from scheduler.routing import Chosen, Policy
+
+
+@dataclass(eq=False, slots=True)
+class Placement:
+    """What one attempt adds to its workers."""
+
+    demand: Demand
+    chosen: Chosen
+    chain: Chain
+    tokens: int  # of the prompt, to be computed
+    attended: int  # see StepShape.prompt_context
+    left: float  # tokens that all its choices are to give after their first
+    context: float  # on the decode worker
+    held: float  # tokens of KV cache there
+    bytes: float = 0.0  # on the link
+    queued: bool = True  # its prompt is not computed
+    moving: bool = False  # its KV cache is not there
+    began: float = 0.0  # when its prompt was computed
+    limit: float = 0.0  # seconds that its output may take, if there is a limit
+    ended: bool = False
+
+    @property
+    def prefill(self) -> Worker:
+        return self.chosen.prefill
+
+    @property
+    def decode(self) -> Worker:
+        return self.chosen.decode
+
+    @property
+    def split(self) -> bool:
+        return self.prefill is not self.decode
+
+
+@dataclass(slots=True)
+class Placer:
+    """Chooses and accounts. `draw` gives numbers in [0, 1): chance comes from outside."""
+
+    fleet: Fleet
+    draw: Callable[[], float]
+    policy: Policy
+    local: bool = True  # without a prefill worker decode workers compute prompts
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    forecast: Forecast = field(default_factory=Forecast)
+
+    def place(self, demand: Demand, chain: Chain, now: float) -> Placement:
+        """Raises Unavailable."""
+        if chain.keys:
+            share = demand.prompt_tokens / chain.size
+            found = self.prefixes.find(chain)
+            known = {worker: int(units * share) for worker, units in found.items()}
+            demand = replace(demand, cached=known)
+        chosen = choose(demand, self.fleet, now, self.draw, self.policy, local=self.local)
+        placement = _placement(demand, chosen, chain)
+        self._load(placement, now)
+        return placement
+
+    def first(self, placement: Placement, now: float, cached: int | None = None) -> None:
+        """The prompt is computed; so many of its tokens were `cached`, where that is known."""
+        if placement.ended or not placement.queued:
+            return
+        demand, decode = placement.demand, placement.decode
+        placement.queued = False
+        placement.began = now
+        placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
+        decode.left += placement.left
+        if demand.tpot_s < math.inf and not demand.prefill_only:
+            placement.limit = demand.tpot_s * placement.left
+            decode.limited += demand.choices
+            decode.allowed += placement.limit
+            decode.started += now * demand.choices
+            decode.limited_left += placement.left
+        if cached is not None and placement.chain.keys:
+            units = cached * placement.chain.size / demand.prompt_tokens
+            self.prefixes.forget(placement.chain, placement.prefill, math.ceil(units))
+
+    def emitted(self, placement: Placement, tokens: int) -> None:
+        """A choice has so many tokens more after its first."""
+        gone = min(placement.left, tokens)
+        if gone and not placement.queued and not placement.ended:
+            placement.left -= gone
+            placement.decode.left -= gone
+            if placement.limit:
+                placement.decode.limited_left -= gone
+
+    def arrived(self, placement: Placement) -> None:
+        """The KV cache is on the decode worker."""
+        if placement.moving:
+            placement.moving = False
+            placement.prefill.moving -= placement.bytes
+            placement.decode.moving -= placement.bytes
+
+    def end(self, placement: Placement, now: float) -> None:
+        """Take off its workers what it brought. Idempotent."""
+        if placement.ended:
+            return
+        placement.ended = True
+        self.arrived(placement)
+        demand, decode = placement.demand, placement.decode
+        if placement.queued:
+            placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
+        else:
+            decode.left -= placement.left
+        if placement.limit:
+            decode.limited -= demand.choices
+            decode.allowed -= placement.limit
+            decode.started -= placement.began * demand.choices
+            decode.limited_left -= placement.left
+        for worker in {placement.prefill, decode}:
+            worker.outstanding -= demand.choices
+        decode.running -= demand.choices
+        decode.context -= placement.context
+        decode.held -= placement.held
+        decode.settle()
+
+    def _load(self, placement: Placement, now: float) -> None:
+        demand, prefill, decode = placement.demand, placement.prefill, placement.decode
+        prefill.enqueue(demand.rank, placement.tokens, placement.attended, now)
+        for worker in {prefill, decode}:
+            worker.outstanding += demand.choices
+            self.prefixes.add(placement.chain, worker)
+        decode.running += demand.choices
+        decode.context += placement.context
+        decode.held += placement.held
+        if placement.moving:
+            prefill.moving += placement.bytes
+            decode.moving += placement.bytes
+
+
+def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
+    tokens, attended = demand.work(chosen.prefill)
+    output = 0.0 if demand.prefill_only else demand.output_tokens
+    size = demand.prompt_tokens * chosen.prefill.cost.kv_token_bytes
+    placement = Placement(
+        demand=demand,
+        chosen=chosen,
+        chain=chain,
+        tokens=tokens,
+        attended=attended,
+        left=max(output - 1, 0.0) * demand.choices,
+        context=(demand.prompt_tokens + output / 2) * demand.choices,
+        held=demand.prompt_tokens + output * demand.choices,
+    )
+    if placement.split and size:
+        placement.bytes, placement.moving = size, True
+    return placement

@@ -1,0 +1,169 @@
+"""What a route would cost, and whether it would be in time: predictions on its very workers.
+
+    TTFT = wait + uncached prompt tokens at that worker's rate           (prompt and queue)
+    TPOT = a step with this request in it / share of time left by prompts
+           + (KV cache on the link, as far as prefill does not hide it) / output tokens
+    cost = seconds that the request adds to each worker · the value of a second there
+
+A route that holds up those who run there for longer than their slack is late too: see `_harm`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from scheduler.cost import context_sum
+
+if TYPE_CHECKING:
+    from scheduler.fleet import Rank, Worker
+
+HANDOVER_S = 0.002  # words between the two workers, apart from the KV cache
+LINK_WORK = 0.1  # of a core's time goes to a KV cache that is on the link, at each end
+TAIL = 1 / 16  # of a KV cache moves after a prefill with which the rest has moved
+SAFETY = 0.9  # of a limit: predictions err
+STALL = 2.0  # slack is a mean: so many times the stall keeps most of those who run in time
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One prompt that wants a route. Seconds are those that are left when it is placed."""
+
+    prompt_tokens: int
+    output_tokens: float = 128.0  # predicted, of each choice
+    choices: int = 1
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    rank: Rank = (0, 0)
+    prefill_only: bool = False  # it ends with its prompt
+    split: bool = True  # may be computed on one worker and decoded on another
+    avoid: frozenset[str] = frozenset()  # workers that failed it before
+    number: int = 0  # of the request, for policies that take turns
+    cached: dict[Worker, int] = field(default_factory=dict)  # prompt tokens known to be there
+
+    @property
+    def limited(self) -> bool:
+        return self.ttft_s < math.inf or self.tpot_s < math.inf
+
+    def work(self, worker: Worker) -> tuple[int, int]:
+        """Prompt tokens to compute there, and the sum of their contexts."""
+        known = min(self.cached.get(worker, 0), self.prompt_tokens - 1) if self.cached else 0
+        return self.prompt_tokens - known, context_sum(known, self.prompt_tokens)
+
+
+class Prompted(NamedTuple):
+    """The prompt on `worker`."""
+
+    worker: Worker
+    ttft: float
+    wait: float  # of it, what goes by before the prompt begins
+    stall: float  # how long it holds up those who decode there
+    cost: float
+
+
+class Decoded(NamedTuple):
+    """The output on `worker`."""
+
+    worker: Worker
+    tpot: float
+    room: float  # seconds until it can be taken in
+    slack: float  # of those who run there, seconds
+    cost: float
+
+
+class Price(NamedTuple):
+    """Of one route. `late` is relative: 0.5 is half a limit beyond it; 0 is in time."""
+
+    late: float
+    cost: float
+    ttft: float
+    tpot: float
+    wait: float  # of the TTFT, what goes by before the prompt begins
+    others: float  # seconds that those who decode already lose by this prompt, in all
+    prefill: Worker
+    decode: Worker
+
+
+class Pricer:
+    """Prices routes of one request at one moment: first each worker by itself, then each pair."""
+
+    def __init__(self, demand: Demand, now: float) -> None:
+        self._demand = demand
+        self._now = now
+        output, choices = demand.output_tokens, demand.choices
+        self._each = max(output - 1, 1.0)  # tokens of a choice after its first
+        self._tokens = 0.0 if demand.prefill_only else self._each * choices
+        self._length = demand.prompt_tokens + output / 2  # of a choice, on the mean
+        self._need = demand.prompt_tokens + choices * output
+        self._ttft, self._tpot = SAFETY * demand.ttft_s, SAFETY * demand.tpot_s
+
+    def prompted(self, worker: Worker) -> Prompted:
+        tokens, attended = self._demand.work(worker)
+        cost = worker.cost
+        wait = worker.wait_s(self._demand.rank, self._now)
+        attention = cost.attend * attended
+        return Prompted(
+            worker,
+            wait + worker.prompt_s(tokens, attended),
+            wait,
+            cost.token * tokens + attention,
+            worker.value * (tokens * worker.token_s + attention),
+        )
+
+    def decoded(self, worker: Worker) -> Decoded:
+        if not self._tokens:
+            return Decoded(worker, 0.0, 0.0, math.inf, 0.0)
+        choices, cost = self._demand.choices, worker.cost
+        tpot = worker.tpot_s(choices, choices * self._length, self._now)
+        return Decoded(
+            worker,
+            tpot,
+            worker.room_s(self._need, choices, tpot) + worker.stalled_s(self._now),
+            worker.slack_s(tpot, self._now),
+            worker.value * self._tokens * (cost.sequence + cost.context * self._length),
+        )
+
+    # The queue of prompts goes by while there comes room: of the two waits the longer counts.
+
+    def whole(self, prompt: Prompted, output: Decoded) -> Price:
+        """Both on one worker, which holds up everybody there while it computes the prompt."""
+        room = max(0.0, output.room - prompt.wait)
+        ttft = prompt.ttft + room
+        late = self._late(ttft, output.tpot) + _harm(output, prompt.stall)
+        worker, cost, wait = prompt.worker, prompt.cost + output.cost, prompt.wait + room
+        others = prompt.stall * worker.running
+        return Price(late, cost, ttft, output.tpot, wait, others, worker, worker)
+
+    def split(self, prompt: Prompted, output: Decoded) -> Price:
+        """On two: blocks on the decode worker are reserved before prefill begins."""
+        prefill, decode = prompt.worker, output.worker
+        size = self._demand.prompt_tokens * prefill.cost.kv_token_bytes
+        rate = min(prefill.cost.link_bytes_s, decode.cost.link_bytes_s)
+        moving = size / rate
+        exposed = max(prefill.moving, decode.moving) / rate + moving
+        if prefill.overlaps:
+            exposed = max(exposed - (prompt.ttft - prompt.wait), TAIL * moving)
+        room = max(0.0, output.room - prompt.wait)
+        ttft, tpot = prompt.ttft + room, output.tpot + (HANDOVER_S + exposed) / self._each
+        cost = prompt.cost + output.cost + LINK_WORK * moving * (prefill.value + decode.value)
+        late = self._late(ttft, tpot) + _harm(output, 0.0)
+        others = prompt.stall * prefill.running
+        return Price(late, cost, ttft, tpot, prompt.wait + room, others, prefill, decode)
+
+    def _late(self, ttft: float, tpot: float) -> float:
+        late = 0.0
+        if ttft > self._ttft:
+            late += ttft / self._demand.ttft_s - SAFETY
+        if tpot > self._tpot:
+            late += tpot / self._demand.tpot_s - SAFETY
+        return late
+
+
+def _harm(output: Decoded, stall: float) -> float:
+    """How late those who run there would be, relative to their limits; 0 if they would not be."""
+    missing = STALL * stall - output.slack
+    if missing <= 0:
+        return 0.0
+    worker = output.worker
+    return missing * worker.limited / worker.allowed if worker.allowed else 0.0
