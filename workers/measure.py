@@ -26,22 +26,8 @@ DECODE_BUDGET_S = 0.5
 def measure(runner: Runner, clock: Callable[[], float] = time.perf_counter) -> Rates:
     """Time a prompt and a lone decode on an idle runner, whose cache is left as it was found."""
     prompt = min(PROMPT_TOKENS, runner.cache.blocks * BLOCK_TOKENS - 1)
-    sequence = Sequence(
-        job=Job(
-            id="measure",
-            epoch=0,
-            model="",
-            prompt=Prompt(ids=[0] * prompt),
-            sampling=Sampling(seed=0, temperature=0.0),
-            limits=Limits(),
-            created=0.0,
-        ),
-        choice=0,
-        tokens=[0] * prompt,
-        prompt_len=prompt,
-        max_tokens=2,
-        blocks=list(range(blocks_for(prompt + 1))),
-    )
+    tokens = [number % runner.vocab for number in range(prompt)]  # alike, all meet few experts
+    sequence = greedy_sequence(tokens, list(range(blocks_for(prompt + 1))), max_tokens=2)
     used = runner.cache.data[:, :, : len(sequence.blocks)]
     found = used.copy()
     try:
@@ -52,6 +38,27 @@ def measure(runner: Runner, clock: Callable[[], float] = time.perf_counter) -> R
     finally:
         used[...] = found
     return Rates(prefill_tokens_per_s=prompt / prefill, decode_s_per_token=decode)
+
+
+def greedy_sequence(tokens: list[int], blocks: list[int], max_tokens: int) -> Sequence:
+    """A prompt that no client asked for, in these blocks of the cache."""
+    job = Job(
+        id="measure",
+        epoch=0,
+        model="",
+        prompt=Prompt(ids=tokens),
+        sampling=Sampling(seed=0, temperature=0.0),
+        limits=Limits(),
+        created=0.0,
+    )
+    return Sequence(
+        job=job,
+        choice=0,
+        tokens=list(tokens),
+        prompt_len=len(tokens),
+        max_tokens=max_tokens,
+        blocks=blocks,
+    )
 
 
 def _seconds(runner: Runner, piece: Slice, budget: float, clock: Callable[[], float]) -> float:

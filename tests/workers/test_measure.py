@@ -18,12 +18,14 @@ class SlowRunner:
         shape = ModelShape(1, 2, 1, 1, 2, 2, 8, 4096, 1e4, 1e-5, True)
         self.cache = KvCache(shape, blocks)
         self.cache.data[:] = 7
+        self.vocab = 100
         self.now = 0.0
         self.lengths = []
         self._seconds = {True: iter(prefill_s), False: iter(decode_s)}
 
     def run(self, slices):
         (piece,) = slices
+        assert 0 <= min(piece.tokens) <= max(piece.tokens) < self.vocab
         self.now += next(self._seconds[piece.end - piece.start > 1])
         self.lengths.append(piece.end - piece.start)
         assert len(piece.sequence.blocks) * 16 >= piece.end
