@@ -1,28 +1,40 @@
 // Causal attention over a paged cache, for any mixture of prompts and single tokens.
 //
-// A unit is one kv head and a tile of neighbouring tokens of one sequence with all the query heads
-// that share it. Keys pass in tiles of 64 positions, counted from the sequence's start, with the
-// online softmax of Milakov & Gimelshein (2018): a token's result does not depend on the tokens
-// computed beside it, so a prompt may be cut anywhere and decoding equals prefilling, bit for bit.
+// Keys pass in tiles of 64 positions, counted from the sequence's start. Each tile gives every query
+// a softmax of its own, and these are merged in the order of the tiles (the partial softmax of
+// Dao et al., 2023): a token's result does not depend on the tokens computed beside it nor on who
+// computed which tile, so a prompt may be cut anywhere and decoding equals prefilling, bit for bit.
+//
+// A prompt's unit is one kv head: what registers and caches hold serves many queries. Where few
+// tokens are new all is bound by the cache's bytes, so a unit reads them in the order they lie in:
+// all kv heads, and a share of the tiles where there are too few sequences for the threads.
 #pragma once
 
 namespace motley::ISA {
 
-constexpr int kKeys = 64;
+constexpr int kKeys = kTileKeys;
 constexpr int kVectors = 4;                             // of keys or of a value, in one inner loop
 constexpr int kQueryRows = kLanes == 16 ? 4 : kLanes == 8 ? 2 : 1;  // what registers hold beside
+constexpr int kMixedRows = 2 * kQueryRows;  // more of them, and widening values once pays
 
 inline int least(int a, int b) { return a < b ? a : b; }
 inline int most(int a, int b) { return a > b ? a : b; }
+
+// Softmax of some queries over some keys, not yet divided by its total, for some kv heads.
+struct Partial {
+  float *out;          // [heads][rows][W]
+  float *top, *total;  // [heads][rows, padded]: greatest score; sum of e^(score - top)
+};
 
 // What a thread works in. W is head_dim rounded up to whole inner loops; what is beyond stays 0.
 struct Workplace {
   float *keys;     // [W][64]: transposed, so that a lane is a key
   float *values;   // [64][W]
-  float *queries;  // [rows][W], scaled
+  float *queries;  // [heads][rows][W], scaled
   float *scores;   // [rows][64]
-  float *out;      // [rows][W]
-  float *top, *total, *shrink;  // [rows]: the softmax's running maximum and sum
+  float *keep, *take;  // [rows, padded]: factors of a merger
+  Partial tile;    // of one head
+  Partial all;     // of the tiles so far
   int width;
 };
 
@@ -31,28 +43,61 @@ inline int attention_width(int dim) {
   return (dim + whole - 1) / whole * whole;
 }
 
-inline Workplace lay_out(float* memory, int rows, int dim) {
+inline int padded(int rows) { return (rows + 15) / 16 * 16; }
+
+inline float* take_floats(float*& memory, int64_t count) {
+  float* taken = memory;
+  memory += (count + 15) / 16 * 16;
+  return taken;
+}
+
+inline Partial lay_out_partial(float*& memory, int heads, int rows, int width) {
+  Partial p;
+  p.out = take_floats(memory, int64_t(heads) * rows * width);
+  p.top = take_floats(memory, heads * padded(rows));
+  p.total = take_floats(memory, heads * padded(rows));
+  return p;
+}
+
+inline int64_t partial_floats(int heads, int rows, int width) {
+  return heads * (int64_t(rows) * width + 2 * padded(rows));
+}
+
+inline Partial of_head(const Partial& heads, int head, int rows, int width) {
+  const int at = head * padded(rows);
+  return {heads.out + int64_t(head) * rows * width, heads.top + at, heads.total + at};
+}
+
+inline Workplace lay_out(float* memory, int heads, int rows, int dim) {
   Workplace w;
   w.width = attention_width(dim);
-  const auto take = [&](int64_t count) {
-    float* p = memory;
-    memory += (count + 15) / 16 * 16;
-    return p;
-  };
-  w.keys = take(int64_t(w.width) * kKeys);
-  w.values = take(int64_t(w.width) * kKeys);
-  w.queries = take(int64_t(w.width) * rows);
-  w.scores = take(int64_t(kKeys) * rows);
-  w.out = take(int64_t(w.width) * rows);
-  w.top = take(rows);
-  w.total = take(rows);
-  w.shrink = take(rows);
+  w.keys = take_floats(memory, int64_t(w.width) * kKeys);
+  w.values = take_floats(memory, int64_t(w.width) * kKeys);
+  w.queries = take_floats(memory, int64_t(w.width) * heads * rows);
+  w.scores = take_floats(memory, int64_t(kKeys) * rows);
+  w.keep = take_floats(memory, rows);
+  w.take = take_floats(memory, rows);
+  w.tile = lay_out_partial(memory, 1, rows, w.width);
+  w.all = lay_out_partial(memory, heads, rows, w.width);
   return w;
 }
 
+inline int64_t workplace_floats(const Heads& counts, int heads, int tokens) {
+  const int rows = tokens * (counts.queries / counts.keys), width = attention_width(counts.dim);
+  return width * (2 * kKeys + int64_t(heads) * rows) + kKeys * rows + 2 * padded(rows) +
+         partial_floats(1, rows, width) + partial_floats(heads, rows, width);
+}
+
 inline int64_t attention_floats(const AttentionOp& op) {
-  const int64_t rows = kTileTokens * (op.heads.queries / op.heads.keys);
-  return attention_width(op.heads.dim) * (2 * kKeys + 2 * rows) + rows * (kKeys + 3) + 8 * 16;
+  const int64_t prompt = workplace_floats(op.heads, 1, kTileTokens);
+  const int64_t few = workplace_floats(op.heads, op.heads.keys, kFewTokens);
+  return prompt > few ? prompt : few;
+}
+
+// What one token leaves behind for one tile of keys.
+inline int64_t attention_shared(const AttentionOp& op) {
+  const auto [queries, keys, dim] = op.heads;
+  return partial_floats(keys, queries / keys, attention_width(dim));
 }
 
 // Row by row of interleaving, log2(lanes) times: the classic shuffle network for a transpose.
@@ -101,36 +146,47 @@ inline const T* place(const T* cache, const Heads& heads, const int32_t* table, 
   return cache + (slot * heads.keys + head) * Stored<T>::size(heads.dim);
 }
 
-// Ask for tokens [first, last) of one kv head: they lie too far apart for the processor to guess.
+// Ask for part of what one kv head needs of the blocks that come next: lines in the order they lie
+// in, and a few at a time, for processors drop what comes at once.
 template <class T>
-inline void fetch(const T* cache, const Heads& heads, const int32_t* table, int head, int first,
-                  int last) {
-  for (int i = first; i < last; ++i) {
-    const T* row = place(cache, heads, table, head, i);
-    const int size = Stored<T>::size(heads.dim);
-    for (int e = 0; e < size; e += 64 / int(sizeof(T))) __builtin_prefetch(row + e);
+inline void fetch(const T* cache) {
+  for (int i = 0; i < kLanes * kLanes; i += 64 / int(sizeof(T))) __builtin_prefetch(cache + i);
+}
+
+// Bring a tile's keys, `count` from position `first` on, of one kv head; lanes beyond are garbage of
+// the same block. Meanwhile a like share of the next tile's blocks is fetched, of which there are
+// `next` tokens.
+template <class T>
+inline void stage_keys(const T* keys, const T* values, const Heads& heads, const int32_t* table,
+                       int head, int first, int count, int next, const Workplace& w) {
+  const int even = heads.dim / kLanes * kLanes;
+  const int size = Stored<T>::size(heads.dim), stride = heads.keys * size;
+  for (int i = 0; i < count; i += kLanes) {
+    const T* begin = place(keys, heads, table, head, first + i);
+    Stored<T> row[kLanes];
+    for (int r = 0; r < kLanes; ++r) row[r] = Stored<T>::in(begin + r * stride, heads.dim);
+    const int within = i % kBlockTokens, following = i < next ? first + kKeys + i - within : 0;
+    const int share = (head * kBlockTokens + within) * size;
+    const T* next_keys = place(keys, heads, table, 0, following) + share;
+    const T* next_values = place(values, heads, table, 0, following) + share;
+    for (int e = 0; e < even; e += kLanes) {
+      F x[kLanes];
+      for (int r = 0; r < kLanes; ++r) x[r] = row[r].vector(e);
+      transpose(x);
+      for (int r = 0; r < kLanes; ++r) store(w.keys + (e + r) * kKeys + i, x[r]);
+      if (i >= next) continue;
+      fetch(next_keys + e * kLanes);
+      fetch(next_values + e * kLanes);
+    }
+    for (int e = even; e < heads.dim; ++e)
+      for (int r = 0; r < kLanes; ++r) w.keys[e * kKeys + i + r] = row[r].one(e);
   }
 }
 
-// Bring `count` tokens from `first` on of one kv head; what lies beyond `count` becomes 0.
 template <class T>
-inline void stage(const T* keys, const T* values, const Heads& heads, const int32_t* table, int head,
-           int first, int count, const Workplace& w) {
+inline void stage_values(const T* values, const Heads& heads, const int32_t* table, int head,
+                         int first, int count, const Workplace& w) {
   const int even = heads.dim / kLanes * kLanes;
-  for (int i = 0; i < count; i += kLanes) {
-    Stored<T> row[kLanes];
-    const int present = least(count - i, kLanes);
-    for (int r = 0; r < present; ++r)
-      row[r] = Stored<T>::in(place(keys, heads, table, head, first + i + r), heads.dim);
-    for (int e = 0; e < even; e += kLanes) {
-      F x[kLanes];
-      for (int r = 0; r < kLanes; ++r) x[r] = r < present ? row[r].vector(e) : zero();
-      transpose(x);
-      for (int r = 0; r < kLanes; ++r) store(w.keys + (e + r) * kKeys + i, x[r]);
-    }
-    for (int e = even; e < heads.dim; ++e)
-      for (int r = 0; r < kLanes; ++r) w.keys[e * kKeys + i + r] = r < present ? row[r].one(e) : 0;
-  }
   for (int i = 0; i < count; ++i) {
     const auto row = Stored<T>::in(place(values, heads, table, head, first + i), heads.dim);
     for (int e = 0; e < even; e += kLanes) store(w.values + i * w.width + e, row.vector(e));
@@ -138,17 +194,19 @@ inline void stage(const T* keys, const T* values, const Heads& heads, const int3
   }
 }
 
-// out [kRows][kVectors · lanes] (+)= left [kRows][depth] · right [depth][…], rows `…_stride` apart.
-template <int kRows>
-inline void product(const float* left, int left_stride, const float* right, int right_stride,
-                    int depth, bool add_to, float* out, int out_stride) {
+// out [kRows][kVectors · lanes] (+)= left [kRows][depth] · columns of right [depth][…, dim], rows
+// `…_stride` apart.
+template <int kRows, class T>
+inline void product(const float* left, int left_stride, const T* right, int right_stride, int dim,
+                    int column, int depth, bool add_to, float* out, int out_stride) {
   F total[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v)
       total[r][v] = add_to ? load(out + r * out_stride + kLanes * v) : zero();
   for (int k = 0; k < depth; ++k) {
+    const auto row = Stored<T>::in(right + k * right_stride, dim);
     F x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(right + k * right_stride + kLanes * v);
+    for (int v = 0; v < kVectors; ++v) x[v] = row.vector(column + kLanes * v);
     for (int r = 0; r < kRows; ++r) {
       const F factor = set(left[r * left_stride + k]);
       for (int v = 0; v < kVectors; ++v) total[r][v] = fma(factor, x[v], total[r][v]);
@@ -159,23 +217,22 @@ inline void product(const float* left, int left_stride, const float* right, int 
 }
 
 // The same for any number of rows and for columns in whole inner loops.
-template <int kRows = kQueryRows>
-inline void products(const float* left, int left_stride, const float* right, int right_stride,
+template <int kRows = kQueryRows, class T>
+inline void products(const float* left, int left_stride, const T* right, int right_stride,
                      int depth, bool add_to, float* out, int out_stride, int rows, int columns) {
   int r = 0;
   for (; r + kRows <= rows; r += kRows)
     for (int c = 0; c < columns; c += kVectors * kLanes)
-      product<kRows>(left + r * left_stride, left_stride, right + c, right_stride, depth, add_to,
-                     out + r * out_stride + c, out_stride);
+      product<kRows>(left + r * left_stride, left_stride, right, right_stride, columns, c, depth,
+                     add_to, out + r * out_stride + c, out_stride);
   if constexpr (kRows > 1)
     if (r < rows)
       products<kRows - 1>(left + r * left_stride, left_stride, right, right_stride, depth, add_to,
                           out + r * out_stride, out_stride, rows - r, columns);
 }
 
-// Turns one row of scores into weights, of which those in [low, high) count; shrinks what came
-// before. Others become 0.
-inline void soften(const Workplace& w, int row, int low, int high) {
+// Turns one row of scores into weights, of which those in [low, high) count; others become 0.
+inline void soften(const Workplace& w, const Partial& tile, int row, int low, int high) {
   float* scores = w.scores + row * kKeys;
   const auto blank = [&](float value) {
     for (int i = 0; i < low; ++i) scores[i] = value;
@@ -184,82 +241,165 @@ inline void soften(const Workplace& w, int row, int low, int high) {
   blank(-INFINITY);
   F highest = load(scores), total = zero();
   for (int i = kLanes; i < kKeys; i += kLanes) highest = max(highest, load(scores + i));
-  const float before = w.top[row], now = std::fmax(before, top(highest));
+  const float now = top(highest);
   for (int i = 0; i < kKeys; i += kLanes) store(scores + i, exp(sub(load(scores + i), set(now))));
   blank(0);  // our exp never gives 0
   for (int i = 0; i < kKeys; i += kLanes) total = add(total, load(scores + i));
-  if (now != before) {
-    const float shrink = std::exp(before - now);
-    float* out = w.out + int64_t(row) * w.width;
-    for (int e = 0; e < w.width; e += kLanes) store(out + e, mul(load(out + e), set(shrink)));
-    w.total[row] *= shrink;
-  }
-  w.total[row] += sum(total);
-  w.top[row] = now;
+  tile.total[row] = sum(total);
+  tile.top[row] = now;
 }
 
-inline void take_queries(const AttentionOp& op, const Tile& tile, int head, const Workplace& w) {
+inline void clear(const Partial& p, int heads, int rows, int width) {
+  __builtin_memset(p.out, 0, sizeof(float) * heads * rows * width);
+  for (int r = 0; r < heads * padded(rows); ++r) p.top[r] = -FLT_MAX, p.total[r] = 0;
+}
+
+// all = all and `more`, whose keys come after. A row that saw no key in `more` stays as it is.
+inline void merge(const Workplace& w, const Partial& all, const Partial& more, int rows) {
+  for (int r = 0; r < rows; r += kLanes) {
+    const F before = load(all.top + r), added = load(more.top + r), now = max(before, added);
+    const F keep = exp(sub(before, now)), take = exp(sub(added, now));
+    store(w.keep + r, keep);
+    store(w.take + r, take);
+    store(all.total + r, fma(load(more.total + r), take, mul(load(all.total + r), keep)));
+    store(all.top + r, now);
+  }
+  for (int r = 0; r < rows; ++r) {
+    const F keep = set(w.keep[r]), take = set(w.take[r]);
+    float* out = all.out + int64_t(r) * w.width;
+    const float* in = more.out + int64_t(r) * w.width;
+    for (int e = 0; e < w.width; e += kLanes)
+      store(out + e, fma(load(in + e), take, mul(load(out + e), keep)));
+  }
+}
+
+inline void take_queries(const AttentionOp& op, const Tile& tile, int head, float* rows, int width) {
   const auto [queries, keys, dim] = op.heads;
   const int group = queries / keys;
   const float scale = 1 / std::sqrt(float(dim));
   for (int t = 0; t < tile.count; ++t)
     for (int g = 0; g < group; ++g) {
       const float* q = op.qkv + (int64_t(tile.first + t) * (queries + 2 * keys) + head * group + g) * dim;
-      float* row = w.queries + int64_t(t * group + g) * w.width;
+      float* row = rows + int64_t(t * group + g) * width;
       for (int e = 0; e < dim; ++e) row[e] = q[e] * scale;
+      for (int e = dim; e < width; ++e) row[e] = 0;
     }
-  const int rows = tile.count * group;
-  __builtin_memset(w.out, 0, sizeof(float) * rows * w.width);
-  for (int r = 0; r < rows; ++r) w.top[r] = -INFINITY, w.total[r] = 0;
 }
 
-inline void give_out(const AttentionOp& op, const Tile& tile, int head, const Workplace& w) {
+inline void give_out(const AttentionOp& op, const Tile& tile, int head, const Partial& all, int width) {
   const int group = op.heads.queries / op.heads.keys, dim = op.heads.dim;
   for (int t = 0; t < tile.count; ++t)
     for (int g = 0; g < group; ++g) {
       const int row = t * group + g;
       float* out = op.out + (int64_t(tile.first + t) * op.heads.queries + head * group + g) * dim;
-      const float scale = 1 / w.total[row];
-      for (int e = 0; e < dim; ++e) out[e] = w.out[int64_t(row) * w.width + e] * scale;
+      const float scale = 1 / all.total[row];
+      for (int e = 0; e < dim; ++e) out[e] = all.out[int64_t(row) * width + e] * scale;
     }
+}
+
+// out [rows][W] = weights in w.scores · the tile's values.
+template <class T>
+inline void mix_values(const T* values, const Heads& heads, const int32_t* table, int head,
+                       int first, int count, const Workplace& w, int rows, float* out) {
+  if (w.width != heads.dim || rows > kMixedRows) {
+    stage_values(values, heads, table, head, first, count, w);
+    products(w.scores, kKeys, w.values, w.width, count, false, out, w.width, rows, w.width);
+    return;
+  }
+  for (int i = 0; i < count; i += kBlockTokens)
+    products(w.scores + i, kKeys, place(values, heads, table, head, first + i),
+             heads.keys * Stored<T>::size(heads.dim), least(count - i, kBlockTokens), i > 0, out,
+             w.width, rows, w.width);
+}
+
+// One tile of keys, its first at position `first`, for the queries of one kv head.
+template <class T>
+inline void attend_tile(const AttentionOp& op, const Tile& tile, int head, int first,
+                        const float* queries, const Workplace& w, const Partial& out) {
+  const auto *keys = static_cast<const T*>(op.cache.keys), *values = static_cast<const T*>(op.cache.values);
+  const int group = op.heads.queries / op.heads.keys, rows = tile.count * group;
+  const int left = tile.start + tile.count - first, count = least(left, kKeys);
+  stage_keys(keys, values, op.heads, tile.table, head, first, count, left - kKeys, w);
+  const int whole = kVectors * kLanes, columns = (count + whole - 1) / whole * whole;
+  products(queries, w.width, w.keys, kKeys, op.heads.dim, false, w.scores, kKeys, rows, columns);
+  for (int r = 0; r < rows; ++r) {
+    const int newest = tile.start + r / group - first;  // the row's own position in this tile
+    const int low = op.window ? least(most(newest + 1 - op.window, 0), kKeys) : 0;
+    soften(w, out, r, low, least(most(newest + 1, 0), count));
+  }
+  mix_values(values, op.heads, tile.table, head, first, count, w, rows, out.out);
+}
+
+// The first tile of keys that any of these tokens sees.
+inline int first_seen(const AttentionOp& op, const Tile& tile) {
+  return op.window && tile.start >= op.window ? (tile.start + 1 - op.window) / kKeys : 0;
+}
+
+// A prompt's tokens and one kv head.
+template <class T>
+inline void attend_prompt(const AttentionOp& op, const Tile& tile, int head, float* memory) {
+  const int rows = tile.count * (op.heads.queries / op.heads.keys);
+  const Workplace w = lay_out(memory, 1, rows, op.heads.dim);
+  __builtin_memset(w.values, 0, sizeof(float) * w.width * kKeys);
+  take_queries(op, tile, head, w.queries, w.width);
+  clear(w.all, 1, rows, w.width);
+  for (int key = first_seen(op, tile); key * kKeys < tile.start + tile.count; ++key) {
+    attend_tile<T>(op, tile, head, key * kKeys, w.queries, w, w.tile);
+    merge(w, w.all, w.tile, rows);
+  }
+  give_out(op, tile, head, w.all, w.width);
+}
+
+// Few tokens, all kv heads, and some of the tiles of keys. Where others have the rest, whoever is
+// the last merges what all have left in `step.shared`.
+template <class T>
+inline void attend_share(const AttentionOp& op, const Step& step, const Share& share, float* memory) {
+  const Tile& tile = share.tile;
+  const int keys = op.heads.keys, rows = tile.count * (op.heads.queries / keys);
+  const Workplace w = lay_out(memory, keys, rows, op.heads.dim);
+  const int seen = first_seen(op, tile);
+  const int64_t left = attention_shared(op);  // of one token
+  const auto left_by = [&](int key) {
+    float* at = step.shared + (share.left + int64_t(key) * tile.count) * left;
+    return lay_out_partial(at, keys, rows, w.width);
+  };
+  __builtin_memset(w.values, 0, sizeof(float) * w.width * kKeys);
+  for (int head = 0; head < keys; ++head)
+    take_queries(op, tile, head, w.queries + int64_t(head) * rows * w.width, w.width);
+  clear(w.all, keys, rows, w.width);
+  for (int key = most(share.first, seen); key < share.last; ++key)
+    for (int head = 0; head < keys; ++head) {
+      const Partial out = share.arrived ? of_head(left_by(key), head, rows, w.width) : w.tile;
+      attend_tile<T>(op, tile, head, key * kKeys, w.queries + int64_t(head) * rows * w.width, w, out);
+      if (!share.arrived) merge(w, of_head(w.all, head, rows, w.width), out, rows);
+    }
+  if (share.arrived) {
+    if (share.arrived->fetch_add(1, std::memory_order_acq_rel) + 1 < share.parts) return;
+    share.arrived->store(0, std::memory_order_relaxed);  // for the next layer
+    for (int key = seen; key * kKeys < tile.start + tile.count; ++key)
+      for (int head = 0; head < keys; ++head)
+        merge(w, of_head(w.all, head, rows, w.width), of_head(left_by(key), head, rows, w.width), rows);
+  }
+  for (int head = 0; head < keys; ++head)
+    give_out(op, tile, head, of_head(w.all, head, rows, w.width), w.width);
 }
 
 template <class T>
-inline void attend(const AttentionOp& op, const Tile& tile, int head, float* memory) {
-  const auto *keys = static_cast<const T*>(op.cache.keys), *values = static_cast<const T*>(op.cache.values);
-  const int group = op.heads.queries / op.heads.keys, rows = tile.count * group;
-  const int end = tile.start + tile.count;
-  const Workplace w = lay_out(memory, kTileTokens * group, op.heads.dim);
-  __builtin_memset(w.values, 0, sizeof(float) * w.width * kKeys);
-  take_queries(op, tile, head, w);
-  const int unseen = op.window && tile.start >= op.window ? tile.start + 1 - op.window : 0;
-  for (int first = unseen / kKeys * kKeys; first < end; first += kKeys) {
-    const int count = least(end - first, kKeys), next = first + kKeys;
-    fetch(keys, op.heads, tile.table, head, next, least(end, next + kKeys));
-    fetch(values, op.heads, tile.table, head, next, least(end, next + kKeys));
-    stage(keys, values, op.heads, tile.table, head, first, count, w);
-    const int whole = kVectors * kLanes, columns = (count + whole - 1) / whole * whole;
-    products(w.queries, w.width, w.keys, kKeys, op.heads.dim, false, w.scores, kKeys, rows, columns);
-    for (int r = 0; r < rows; ++r) {
-      const int newest = tile.start + r / group - first;  // the row's own position in this tile
-      const int low = op.window ? least(most(newest + 1 - op.window, 0), kKeys) : 0;
-      soften(w, r, low, least(most(newest + 1, 0), count));
-    }
-    products(w.scores, kKeys, w.values, w.width, count, true, w.out, w.width, rows, w.width);
-  }
-  give_out(op, tile, head, w);
+inline void attend(const AttentionOp& op, const Step& step, int unit, float* memory) {
+  if (unit < step.share_count) return attend_share<T>(op, step, step.shares[unit], memory);
+  unit -= step.share_count;
+  // The last tiles see the most: they go first, so that the threads end together.
+  const Tile& tile = step.tiles[step.tile_count - 1 - unit / op.heads.keys];
+  attend_prompt<T>(op, tile, unit % op.heads.keys, memory);
 }
 
 inline void attention(const AttentionOp& op, const Step& step, int unit, float* memory) {
-  // The last tiles see the most: they go first, so that the threads end together.
-  const Tile& tile = step.tiles[step.tile_count - 1 - unit / op.heads.keys];
-  const int head = unit % op.heads.keys;
   if (op.cache.type == kFloat16)
-    attend<uint16_t>(op, tile, head, memory);
+    attend<uint16_t>(op, step, unit, memory);
   else if (op.cache.type == kInt8)
-    attend<int8_t>(op, tile, head, memory);
+    attend<int8_t>(op, step, unit, memory);
   else
-    attend<float>(op, tile, head, memory);
+    attend<float>(op, step, unit, memory);
 }
 
 }  // namespace motley::ISA

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -26,7 +27,7 @@ namespace {
 int units(const Op& op, const Step& step, int rows) {
   switch (op.kind) {
     case kMatmul: return matmul_units(op.matmul, rows);
-    case kAttention: return step.tile_count * op.attention.heads.keys;
+    case kAttention: return step.share_count + step.tile_count * op.attention.heads.keys;
     case kSum: return int(op.sum.count / kSummed);
     case kMark: return 1;
     case kGroupRows: return 1;
@@ -61,10 +62,12 @@ int64_t workplace(const Op& op) {
   return op.kind == kAttention ? attention_floats(op.attention) : 0;
 }
 
+int64_t shared(const Op& op) { return op.kind == kAttention ? attention_shared(op.attention) : 0; }
+
 }  // namespace
 }  // namespace motley::ISA
 
 namespace motley {
 extern const Kernels MOTLEY_JOIN(ISA, _kernels) = {MOTLEY_TEXT(ISA), ISA::units, ISA::run,
-                                                   ISA::workplace};
+                                                   ISA::workplace, ISA::shared};
 }

@@ -5,6 +5,7 @@
 // bounded time, then sleeps; between calls every helper sleeps.
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -67,6 +68,10 @@ struct Pool {
   std::vector<int32_t> positions;
   std::vector<int64_t> slots;
   std::vector<Tile> tiles;
+  std::vector<Share> shares;
+  std::unique_ptr<std::atomic<int>[]> arrived;  // of each sequence that is shared
+  int64_t places = 0;  // of `memory_shared`
+  Memory memory_shared;
 
   std::mutex mutex;
   std::condition_variable begun, left;
@@ -75,6 +80,7 @@ struct Pool {
   int active = 0;
 
   void describe(const Batch& batch);
+  void share(const Batch& batch);
   void walk(int thread);
   void work(const Op& op, Progress& progress, int rows, int units, float* memory);
   void await(Progress& progress, int units);
@@ -94,10 +100,37 @@ void Pool::describe(const Batch& batch) {
       slots[size_t(span.first + i)] =
           int64_t(table[position / kBlockTokens]) * kBlockTokens + position % kBlockTokens;
     }
-    for (int i = 0; i < span.count; i += kTileTokens)
+    for (int i = 0; span.count > kFewTokens && i < span.count; i += kTileTokens)
       tiles.push_back({span.first + i, std::min(kTileTokens, span.count - i), span.start + i, table});
   }
-  step = {&batch, positions.data(), slots.data(), tiles.data(), int(tiles.size())};
+  share(batch);
+  step = {&batch,        positions.data(),   slots.data(), tiles.data(), int(tiles.size()),
+          shares.data(), int(shares.size()), nullptr};
+}
+
+static int key_tiles(const Span& span) {
+  return span.count > kFewTokens ? 0 : (span.start + span.count + kTileKeys - 1) / kTileKeys;
+}
+
+// Divides what sequences with few new tokens have to read: so finely that threads end together.
+void Pool::share(const Batch& batch) {
+  constexpr int finely = 4;  // shares of a thread
+  const int threads = int(helpers.size()) + 1;
+  int total = 0;
+  for (int s = 0; s < batch.spans; ++s) total += key_tiles(batch.span[s]);
+  const int most = threads == 1 ? INT_MAX : std::max(1, total / (finely * threads));
+  arrived = std::make_unique<std::atomic<int>[]>(size_t(batch.spans));
+  shares.clear();
+  places = 0;
+  for (int s = 0; s < batch.spans; ++s) {
+    const Span& span = batch.span[s];
+    const int keys = key_tiles(span), parts = (keys - 1) / most + 1;
+    const Tile tile = {span.first, span.count, span.start, batch.tables + span.table};
+    for (int i = 0; keys && i < parts; ++i)
+      shares.push_back({tile, int(int64_t(keys) * i / parts), int(int64_t(keys) * (i + 1) / parts),
+                        parts, places, parts > 1 ? &arrived[size_t(s)] : nullptr});
+    if (parts > 1) places += int64_t(keys) * span.count;
+  }
 }
 
 void Pool::work(const Op& op, Progress& progress, int rows, int units, float* memory) {
@@ -217,9 +250,15 @@ void motley_pool_free(Pool* pool) {
 }
 
 void motley_run(Pool* pool, const Op* ops, int32_t count, const Batch* batch) {
-  int64_t floats = 0;
-  for (int i = 0; i < count; ++i) floats = std::max(floats, pool->kernels->workplace(ops[i]));
+  pool->describe(*batch);
+  int64_t floats = 0, shared = 0;
+  for (int i = 0; i < count; ++i) {
+    floats = std::max(floats, pool->kernels->workplace(ops[i]));
+    shared = std::max(shared, pool->kernels->shared(ops[i]));
+  }
   for (Memory& memory : pool->memory) memory.grow(floats);
+  pool->memory_shared.grow(pool->places * shared);
+  pool->step.shared = pool->memory_shared.data;
   if (pool->capacity < count) {
     pool->progress = std::make_unique<Progress[]>(size_t(count));
     pool->capacity = count;
@@ -227,7 +266,6 @@ void motley_run(Pool* pool, const Op* ops, int32_t count, const Batch* batch) {
   for (int i = 0; i < count; ++i) pool->progress[i].claimed = pool->progress[i].done = 0;
   pool->ops = ops;
   pool->count = count;
-  pool->describe(*batch);
   if (!pool->helpers.empty()) {
     {
       std::lock_guard lock(pool->mutex);

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import reference, reference_quant
 from kernels.kv_rows import KV_TYPES, row_length
-from kernels.program import HeadCounts, QkvExtras, Span
+from kernels.program import HeadCounts, Pool, QkvExtras, Span
 
 quick = settings(max_examples=20, deadline=None)
 ACT = np.dtype([("q", "i1", 32), ("d", "f4"), ("fine", "f4"), ("sum", "f4", 3), ("rest", "i1", 32)])
@@ -240,6 +240,33 @@ def test_a_token_attends_the_same_however_its_prompt_is_cut(
             span = Span(0, last - first, first, blocks)
             part = attend(two_threads, run, qkv[first:last], counts, cache, [span], window)
             assert np.array_equal(part, whole[first:last])
+
+
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("dtype", list(KV_TYPES))
+def test_a_token_attends_the_same_however_many_threads_share_its_keys(
+    run, instruction_set, window, dtype
+):
+    counts = HeadCounts(6, 2, 64)
+    cache = a_cache(counts, 140, dtype)
+    numbered = iter(range(1, 140))
+    spans, first = [], 0
+    for count, start in ((1, 900), (3, 500), (20, 90), (4, 60), (1, 0)):
+        blocks = [next(numbered) for _ in range((start + count + 15) // 16)]
+        spans.append(Span(first, count, start, blocks))
+        first += count
+    qkv = numbers(first, 10 * 64)
+    together = [
+        attend(Pool(threads, instruction_set), run, qkv, counts, cache, spans, window)
+        for threads in (1, 2, 5)
+    ]
+    assert np.array_equal(together[0], together[1])
+    assert np.array_equal(together[0], together[2])
+    for span in spans:
+        rows = slice(span.first, span.first + span.count)
+        alone = Span(0, span.count, span.start, span.blocks)
+        out = attend(Pool(2, instruction_set), run, qkv[rows], counts, cache, [alone], window)
+        assert np.array_equal(out, together[0][rows])
 
 
 def test_great_scores_do_not_overflow(pool, run):
