@@ -125,6 +125,7 @@ class Load(Wire, frozen=True):
     drafts_accepted: int = 0  # of those, the right ones
     others_running: int = 0  # sequences of other routers' requests that run or wait here
     others_queued: int = 0  # tokens of their prompts that are not computed
+    tasks: int = 0  # of its event loop
 
 
 class Accepted(Wire, frozen=True):

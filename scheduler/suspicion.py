@@ -12,8 +12,8 @@ LOOK_S = 0.125  # between two looks
 MOST_LOOK_S = 2 * LOOK_S
 SUSPECT_S = 1.0  # patience with a worker that speaks regularly: four heartbeats
 MOST_PATIENCE_S = 5.0
-SLACK = 2.0  # patience is so many times the longest pause of late
-DECAY = 0.99  # of the longest pause's memory, for each look that finds the worker talking
+SLACK = 1.5  # patience is so many times the longest pause of late
+DECAY = 0.95  # of the longest pause's memory, for each look that finds the worker talking
 
 
 class Suspicion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,6 +27,7 @@ _LOAD = (
         GaugeMetricFamily,
         "Most steps that ran between a cancel's arrival and its blocks being free.",
     ),
+    ("tasks", GaugeMetricFamily, "Tasks of the worker's event loop."),
     ("preempted", CounterMetricFamily, "Sequences that gave their blocks to older ones."),
     ("kv_bytes_sent", CounterMetricFamily, "KV cache handed to other workers, in bytes."),
     ("drafted", CounterMetricFamily, "Tokens guessed by speculation."),
@@ -70,6 +72,8 @@ class ClusterCollector:
                 if member.load:
                     family.add_metric(labels[member], getattr(member.load, field))
             yield family
+        tasks = len(asyncio.all_tasks())
+        yield GaugeMetricFamily("motley_router_tasks", "Tasks of the router's event loop.", tasks)
         yield GaugeMetricFamily("motley_workers", "Workers that are here.", len(members))
         yield CounterMetricFamily(
             "motley_workers_lost", "Worker connections that ended.", self._members.lost

@@ -154,6 +154,7 @@ class WorkerService:
             drafts_accepted=engine.speculator.accepted if engine.speculator else 0,
             others_running=len(others),
             others_queued=sum(max(s.prompt_len - s.computed, 0) for s in others),
+            tasks=len(asyncio.all_tasks()),
         )
 
     def _others(self, membership: Membership) -> list[Sequence]:
