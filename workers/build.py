@@ -78,8 +78,8 @@ class GroupSpec:
 def find(text: str) -> Model:
     """Understand a model as the operator wrote it, fetching it if need be.
 
-    `fake` or `fake:step_ms=5` is the worker without a model; for all others see
-    workers.weights.catalogue. Raises SetupError that says what to do.
+    `fake` or `fake:step_ms=5` is the worker without a model, `random:SHAPE` one that cannot read;
+    for all others see workers.weights.catalogue. Raises SetupError that says what to do.
     """
     name, _, location = text.partition("=")
     if _kind(text) == "fake":
@@ -89,6 +89,9 @@ def find(text: str) -> Model:
         return Model(name, location)
     with engine_installed():
         from workers.weights.catalogue import resolve
+        from workers.weights.random_model import PREFIX
+    if text.startswith(PREFIX):
+        return Model(text.removeprefix(PREFIX), text)
     source = resolve(text)
     return Model(source.name, str(source.path))
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from kernels.program import Span
     from workers.group.part import Array, Combine
-    from workers.group.sharded import Sharded
-    from workers.weights.checkpoint import Checkpoint
+    from workers.weights.checkpoint import Checkpoint, Weights
 
 
 class ExactPart:
@@ -26,7 +25,7 @@ class ExactPart:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        sharded: Sharded,
+        sharded: Weights,
         kv_blocks: int,
         threads: int,
         combine: Combine,

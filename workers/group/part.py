@@ -15,10 +15,11 @@ from workers.fast_model import FastModel
 from workers.group.memory import step_bytes, used_bytes
 from workers.group.shard import Shard, ShardModel
 from workers.group.shard_file import Manifest, read_manifest, write_shard
-from workers.group.sharded import Sharded
+from workers.group.sharded import cut
 from workers.installed import engine_installed
 from workers.kv_cache import KvCache
 from workers.weights.checkpoint import open_checkpoint
+from workers.weights.random_model import PREFIX as RANDOM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +84,8 @@ class FastPart:
 
     def __init__(self, model: FastModel, cache: KvCache, shard: Shard | None) -> None:
         self.cache = cache
-        self._model, self._shard = model, shard
+        self.shard = shard  # None where all weights stay in memory
+        self._model = model
 
     def run(self, x: Array, spans: Sequence[Span], drawn: Sequence[int]) -> tuple[Array, Array]:
         model, rows = self._model, len(x)
@@ -95,8 +97,8 @@ class FastPart:
         return self._model.logits(hidden)
 
     def close(self) -> None:
-        if self._shard:
-            self._shard.close()
+        if self.shard:
+            self.shard.close()
 
 
 def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
@@ -108,7 +110,7 @@ def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
     if wanted.mode == "fast" and means.memory_cap is not None:
         return _streamed(wanted, means, means.memory_cap, whole)
     checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
-    sharded = Sharded(checkpoint, wanted.share)
+    sharded = cut(checkpoint, wanted.share)
     if wanted.mode == "fast":
         cache = KvCache(sharded.shape, wanted.kv_blocks, wanted.kv_dtype)
         model = FastModel(sharded, cache, Pool(means.threads), wanted.max_rows, whole)
@@ -151,13 +153,15 @@ def _shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
     logger.info("writing this rank's weights to %s", folder)
     checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
     try:
-        return folder, write_shard(Sharded(checkpoint, wanted.share), folder, source)
+        return folder, write_shard(cut(checkpoint, wanted.share), folder, source)
     finally:
         checkpoint.close()
 
 
 def _identity(path: Path) -> str:
     """A model file by what changes when it changes. Raises SetupError if it is not there."""
+    if str(path).startswith(RANDOM):
+        return str(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     try:
         stats = [(file.name, file.stat()) for file in files]

@@ -95,7 +95,7 @@ class GroupRunner:
         self._epoch = 0
         self._members: list[Member] = []
         self._mesh: Mesh
-        self._part: Part
+        self.part: Part
         self._shares: tuple[Share, ...]
         self._form()
 
@@ -121,19 +121,19 @@ class GroupRunner:
         """See Head.logits."""
         rows = np.ascontiguousarray(hidden)
         self._order(Logits(len(rows)), rows)
-        return self._gather(self._part.logits(rows))
+        return self._gather(self.part.logits(rows))
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy KV blocks on every rank. A rank that is lost is noticed by the next step."""
         if pairs:
             with suppress(OSError):
                 self._order(Copy(tuple(pairs)))
-            self._part.cache.copy(pairs)
+            self.part.cache.copy(pairs)
 
     def close(self) -> None:
         """The other ranks wait for another rank 0."""
         self._mesh.close()
-        self._part.close()
+        self.part.close()
         self._leader.close()
         self._server.close()
         self._checkpoint.close()
@@ -143,7 +143,7 @@ class GroupRunner:
         x = self._embedder.rows(layout.tokens)
         spans = tuple(RowSpan(s.first, s.count, s.start, list(s.blocks)) for s in layout.spans)
         self._order(Run(len(x), spans, tuple(layout.drawn)), x)
-        hidden, own = self._part.run(x, layout.spans, layout.drawn)
+        hidden, own = self.part.run(x, layout.spans, layout.drawn)
         logits = self._gather(own)
         if wishes.readings:
             read(slices, hidden, self, wishes.readings)
@@ -176,7 +176,7 @@ class GroupRunner:
         with suppress(OSError):
             self._order(Leave())
         self._mesh.close()
-        self._part.close()
+        self.part.close()
         self._leader.settle(self._members, self._epoch, SETTLE_S)
         self._form()
         raise CacheLost(reason)
@@ -218,14 +218,14 @@ class GroupRunner:
         )
         self._mesh = connect(self._server, options.secret, self._epoch, 0, peers)
         try:
-            self._part = load_part(wanted, options.means, Combine(self._mesh, ways))
+            self.part = load_part(wanted, options.means, Combine(self._mesh, ways))
             ready = self._leader.all_ready(members, self._epoch, LOAD_S)
         except BaseException:
             self._mesh.close()
             raise
         if not ready:
             self._mesh.close()
-            self._part.close()
+            self.part.close()
         return ready
 
     def _form_of(self, rank: int, peers: tuple[Peer, ...], ways: Ways) -> Form:

@@ -99,5 +99,8 @@ class ShardModel(FastModel):
 
 
 def _streamable(entry: Entry) -> bool:
-    """Not what is small, nor the head, which more than one program reads."""
-    return len(entry.dims) > 1 and entry.name != LM_HEAD
+    """Not what is small, nor the head, which more than one program reads, nor experts.
+
+    An operation reads all experts that its rows chose, and only the weight needed last is there.
+    """
+    return len(entry.dims) > 1 and entry.name != LM_HEAD and ".experts." not in entry.name

@@ -21,6 +21,7 @@ from scheduler.errors import SetupError
 from scheduler.models import ModelShape
 from workers.fast_model import blocks_of
 from workers.weights.families import EMBEDDING, model_tensors
+from workers.weights.random_model import RandomModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,8 +144,11 @@ def _packed(weights: Weights, name: str) -> tuple[str, tuple[int, ...], Array]:
     if len(model_tensors(weights.shape).get(name, ())) == 1:
         vector = weights.array(name)
         return "float32", vector.shape, vector.view(np.uint8)
-    stored = blocks_of(weights, name)
-    outputs, inputs = stored.dims
-    matrix = Matrix(stored.kind.name, outputs, inputs, stored.data)
-    stored.let_go()
-    return matrix.kind, (outputs, inputs), matrix.data
+    if isinstance(weights, RandomModel):
+        matrix = weights.matrix(name)
+    else:
+        stored = blocks_of(weights, name)
+        outputs, inputs = stored.dims
+        matrix = Matrix(stored.kind.name, outputs, inputs, stored.data)
+        stored.let_go()
+    return matrix.kind, (matrix.outputs, matrix.inputs), matrix.data

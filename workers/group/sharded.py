@@ -10,12 +10,13 @@ from gguf.quants import dequantize
 
 from workers.weights import families
 from workers.weights.gguf_header import StoredTensor
+from workers.weights.random_model import RandomModel
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from workers.group.partition import Range, Share
-    from workers.weights.checkpoint import Checkpoint
+    from workers.weights.checkpoint import Checkpoint, Weights
 
 Array: TypeAlias = "npt.NDArray[np.float32]"
 
@@ -80,6 +81,13 @@ class Sharded:
         }
         columns = {"o_proj": share.heads.times(dim), "down_proj": ffn}
         return rows.get(part), columns.get(part)
+
+
+def cut(whole: Checkpoint, share: Share) -> Weights:
+    """One rank's weights."""
+    if isinstance(whole, RandomModel):
+        return whole.narrowed(share.shape(whole.shape), seed=share.vocab.first)
+    return Sharded(whole, share)
 
 
 class Embedder:

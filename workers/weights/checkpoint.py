@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from scheduler.errors import SetupError
 from workers.weights.gguf_file import GgufFile
+from workers.weights.random_model import PREFIX as RANDOM
+from workers.weights.random_model import RandomModel
 from workers.weights.safetensors_folder import SafetensorsFolder
 
 if TYPE_CHECKING:
@@ -62,12 +64,15 @@ class Checkpoint(Weights, Protocol):
 
 
 def open_checkpoint(path: Path, quantize: Quantize | None = None) -> Checkpoint:
-    """Open a GGUF file, or a folder with config.json, *.safetensors and tokenizer.json.
+    """Open a GGUF file, a folder with config.json, *.safetensors and tokenizer.json, or
+    `random:SHAPE` (workers.weights.random_model).
 
     `quantize` rounds a folder's matrices to 4 or 8 bits as they are asked for: `array` and
     `stored` then give the same, rounded model. A GGUF file was quantised when it was made.
     Raises SetupError, naming the file, if it is damaged or its model is not supported.
     """
+    if str(path).startswith(RANDOM):
+        return RandomModel.named(str(path))
     if path.is_dir():
         return SafetensorsFolder(path, quantize)
     if path.is_file():
