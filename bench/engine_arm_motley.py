@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Motley:
-    """Variants: fast mode without speculation (the default), speculate, exact.
+    """Variants: fast mode without speculation (the default), int8kv, speculate, exact.
 
     The peers do not speculate either, and greedy answers of a small model repeat themselves: drafts
     look better here than on most of what people ask.
@@ -28,6 +28,7 @@ class Motley:
             kv_tokens=setup.kv_tokens,
             threads=setup.threads,
             mode="exact" if setup.variant == "exact" else "fast",
+            kv_dtype="int8" if setup.variant == "int8kv" else "float16",
             speculate=setup.variant == "speculate",
         )
         self.engine, _ = build(Model("bench", setup.model), options)

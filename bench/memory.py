@@ -1,6 +1,6 @@
 """Peak memory of a worker that serves, in `fast` mode, and what it is made of.
 
-    python bench/memory.py [--json] [--kv-tokens N] [--model MODEL]
+    python bench/memory.py [--json] [--kv-tokens N] [--kv-dtype float16|int8] [--model MODEL]
 
 Starts `motley serve` with one mixed worker, fills its KV cache with prompts, has one prompt scored
 (echo with logprobs), and reads the worker's VmHWM. Exits with 1 if that is more than a process that
@@ -45,12 +45,12 @@ class Report(msgspec.Struct, frozen=True):
         return self.bare_torch + self.weight_file + self.kv_cache + SPARE
 
 
-def measure(model: str, kv_tokens: int) -> Report:
+def measure(model: str, kv_tokens: int, kv_dtype: str) -> Report:
     source = resolve(model)
     checkpoint = open_checkpoint(source.path)
-    cache = KvCache(checkpoint.shape, kv_tokens // 16, "float16")
+    cache = KvCache(checkpoint.shape, kv_tokens // 16, kv_dtype)
     checkpoint.close()
-    words = ("--kv-tokens", str(kv_tokens), "--threads", "1")
+    words = ("--kv-tokens", str(kv_tokens), "--kv-dtype", kv_dtype, "--threads", "1")
     return Report(
         peak=asyncio.run(served_peak(model, source.name, words, kv_tokens // PROMPT)),
         bare_torch=bare_torch_rss(),
@@ -94,9 +94,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--kv-tokens", type=int, default=8192)
+    parser.add_argument("--kv-dtype", choices=["float16", "int8"], default="float16")
     parser.add_argument("--model", default=MODEL)
     args = parser.parse_args()
-    report = measure(args.model, args.kv_tokens)
+    report = measure(args.model, args.kv_tokens, args.kv_dtype)
     if args.json:
         print(msgspec.json.encode(report).decode())
     else:
