@@ -191,12 +191,14 @@ def test_any_family_can_be_cut(make_runner, tiny_model, family, config):
     assert generate(make_runner(folder, (1, 1, 1))) == generate(alone)
 
 
-@pytest.mark.parametrize("quantize", ["int4", "int8"])
-def test_fast_parts_hold_the_same_quantised_weights(make_runner, folder, quantize):
+@pytest.mark.parametrize(
+    ("quantize", "kv_dtype"), [("int4", "float16"), ("int8", "float16"), ("int8", "int8")]
+)
+def test_fast_parts_hold_the_same_quantised_weights(make_runner, folder, quantize, kv_dtype):
     """Sums are made in another order, so activations round differently, but no worse."""
     truth = np.array(score(NativeRunner(open_checkpoint(folder, quantize), BLOCKS, 1)))
-    alone = score(FastRunner(open_checkpoint(folder, quantize), BLOCKS, 1, 64))
-    group = score(make_runner(folder, (2, 1), mode="fast", quantize=quantize))
+    alone = score(FastRunner(open_checkpoint(folder, quantize), BLOCKS, 1, 64, kv_dtype))
+    group = score(make_runner(folder, (2, 1), mode="fast", quantize=quantize, kv_dtype=kv_dtype))
     assert np.abs(group - truth).mean() < 1.5 * np.abs(alone - truth).mean() < 0.1
 
 
