@@ -50,6 +50,8 @@ class Worker:
     overlaps: bool = False  # its KV cache moves while the prompt is still computed
     price: float | None = None  # of a second; None: what it can do in one
     draining: bool = False
+    others_running: int = 0  # sequences that other routers have here, by its last report
+    others_queued: int = 0  # tokens of their prompts that are not computed
     sound: Callable[[float], bool] = lambda now: True  # neither failing nor suspect at this time
     heard: float = 0.0  # when its last report came
     standing: float = 0.0  # how long the step that it is in had taken by then
@@ -100,7 +102,7 @@ class Worker:
 
     def prompt_s(self, tokens: int, attended: int) -> float:
         """Seconds that so many prompt tokens take, in pieces, beside the sequences that run."""
-        cost, running = self.cost, self.running
+        cost, running = self.cost, self.running + self.others_running
         room = max(self.step_tokens - running, self.step_tokens // 4)
         step = cost.step + cost.sequence * running + cost.context * self.context
         return tokens * (cost.token + step / room) + attended * cost.attend
@@ -114,6 +116,8 @@ class Worker:
                 tokens += work.tokens
                 attended += work.attended
         wait = self.stalled_s(now)
+        if self.others_queued:
+            wait += self.prompt_s(self.others_queued, 0)
         if jobs:
             queue = self.prompt_s(tokens, attended)
             wait += queue - min(max(0.0, now - self.begun), queue / jobs)
@@ -132,7 +136,8 @@ class Worker:
 
     def tpot_s(self, more: int, context: float, now: float) -> float:
         """Seconds between two tokens with so many further sequences."""
-        step = self.cost.decode_step_s(self.running + more, self.context + context)
+        running = self.running + self.others_running
+        step = self.cost.decode_step_s(running + more, self.context + context)
         return step / (1 - self.mixed(now))
 
     def slack_s(self, tpot: float, now: float) -> float:

@@ -21,7 +21,11 @@ _LOAD = (
     ("free_blocks", GaugeMetricFamily, "Blocks of KV cache that nobody holds."),
     ("steps", CounterMetricFamily, "Engine steps."),
     ("tokens", CounterMetricFamily, "Tokens drawn."),
-    ("cancelled", CounterMetricFamily, "Jobs whose client left before their end."),
+    (
+        "cancelled",
+        CounterMetricFamily,
+        "Jobs taken back: the client left, or they went on elsewhere.",
+    ),
     (
         "cancel_steps_max",
         GaugeMetricFamily,

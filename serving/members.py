@@ -188,6 +188,8 @@ class Members:
             message, _ = await member.connection.receive()
             if isinstance(message, Load):
                 member.load = message
+                member.worker.others_running = message.others_running
+                member.worker.others_queued = message.others_queued
             elif isinstance(message, Leaving):
                 member.worker.draining = True
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -132,6 +133,9 @@ def _memory_for(reserve: Reserve) -> OwnMemory | None:
         return None
 
 
+REMEMBERED = 256  # cancelled jobs, whose reservation may still be on its way
+
+
 class KvReceiver:
     """`serve` handles one connection from one prefill worker."""
 
@@ -142,6 +146,7 @@ class KvReceiver:
         self._cache = cache
         self._loop = loop
         self._receiving: dict[Key, asyncio.Task[None]] = {}
+        self._cancelled: deque[Key] = deque(maxlen=REMEMBERED)
 
     async def serve(self, connection: Connection) -> None:
         """Take hand-overs until the connection ends."""
@@ -159,13 +164,15 @@ class KvReceiver:
                     return
 
     def cancel(self, key: Key) -> bool:
-        """Stop receiving a job. False if none is under way.
+        """Stop receiving a job, or refuse it if it comes later. False if none is under way.
 
         Its blocks are freed by the task that writes to them, once it has stopped: freed any
         earlier, they could get another request's tokens and then this one's late bytes.
         """
-        task = self._receiving.get(key)
-        return task.cancel() if task else False
+        if task := self._receiving.get(key):
+            return task.cancel()
+        self._cancelled.append(key)
+        return False
 
     async def _take(
         self, connection: Connection, memory: OwnMemory | None, reserve: Reserve
@@ -177,6 +184,8 @@ class KvReceiver:
             raise ProtocolError("a reservation was damaged on its way")
         if reserve.fingerprint != self._fingerprint or job.prompt.ids is None:
             raise HandoffFailed("the two workers do not run the same model and tokenizer")
+        if key in self._cancelled:  # the router's word came sooner than the prefill worker's
+            raise HandoffFailed("the request was cancelled")
         task = asyncio.current_task()
         assert task, "runs in a task"
         self._receiving[key] = task

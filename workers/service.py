@@ -207,16 +207,22 @@ class WorkerService:
         del self._jobs[key]
 
     def _cancel(self, key: Key) -> None:
+        """The router takes a job back."""
         if task := self._jobs.get(key):
             task.cancel()
-        if not self._receiver.cancel(key):
+        if self._receiver.cancel(key):
+            self._loop.cancelled += 1
+        else:
             self._loop.cancel(key)
 
     async def _free(self, keys: Collection[Key]) -> None:
         """Nobody waits for these answers any more."""
         tasks = [self._jobs[key] for key in keys if key in self._jobs]
+        for task in tasks:
+            task.cancel()
         for key in keys:
-            self._cancel(key)
+            if not self._receiver.cancel(key):
+                self._loop.release(key)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, job: Job, handoff: Peer | None) -> None:

@@ -22,7 +22,14 @@ from workers.service import WorkerConfig, WorkerService
 SECRET = b"of this test"
 
 
-def make_ask(*prompts: str, id: str = "ask", model: str = "fake", n: int = 1, **fields) -> Ask:  # noqa: A002
+def make_ask(
+    *prompts: str,
+    id: str = "ask",  # noqa: A002  # the field's name
+    model: str = "fake",
+    n: int = 1,
+    grammar=None,
+    **fields,
+) -> Ask:
     return Ask(
         id=id,
         model=model,
@@ -31,6 +38,7 @@ def make_ask(*prompts: str, id: str = "ask", model: str = "fake", n: int = 1, **
         limits=Limits(**fields),
         n=n,
         created=0.0,
+        grammar=grammar,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import msgspec
 import pytest
 
 from scheduler.errors import BadRequest, Unavailable
 from scheduler.messages import Role
+from scheduler.request import Grammar
 from serving import gateway
 from workers.fake import FakeOptions, FakeRunner
 
@@ -174,6 +176,32 @@ async def test_the_client_leaves_while_it_waits_for_a_worker(cluster, make_ask):
     async with cluster("m", options=SLOW) as it, it.gateway.open(make_ask()) as stream:
         await anext(aiter(stream))
         await it.kill("m")
+
+
+@pytest.mark.parametrize("after", [1, 4, 12])
+@pytest.mark.parametrize("victim", ["p1", "d1"])
+async def test_an_answer_that_follows_a_schema_goes_on_in_the_middle_of_it(
+    cluster, make_ask, victim, after
+):
+    """Whoever takes over has only the ids: the grammar's state is replayed from them."""
+    schema = json.dumps(
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+            "required": ["name", "age"],
+            "additionalProperties": False,
+        }
+    )
+    ask = make_ask(grammar=Grammar("json_schema", schema, "response_format"))
+    async with cluster("p1", "d1", options=SLOW) as it:
+        unbroken = await it.text(ask)
+        assert set(json.loads(unbroken[0])) == {"name", "age"}
+
+        async def strike():
+            await it.join("m1", Role.MIXED, options=SLOW)
+            await it.kill(victim)
+
+        assert await answer_while(it, ask, after, strike) == unbroken
 
 
 # ── a worker errs ───────────────────────────────────────────────────────────────────────────────

@@ -319,6 +319,15 @@ async def test_a_cancel_at_the_decode_worker_ends_the_hand_over(linked, make_job
         link.decode.loop.release(("other", 1))
 
 
+async def test_a_cancel_that_comes_sooner_than_what_it_is_about(linked, job):
+    """Router and prefill worker speak on links of their own."""
+    async with linked() as link:
+        assert not link.receiver.cancel(KEY)
+        with pytest.raises(HandoffFailed, match="was cancelled"):
+            await link.hand_over(job)
+        assert not link.decode.outputs
+
+
 async def test_a_prefill_worker_that_dies_in_the_queue_leaves_it(linked, make_job, job, until):
     async with linked(decode_blocks=3) as link:
         await link.decode.loop.reserve(make_job(id="other"), PROMPT)
