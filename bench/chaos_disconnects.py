@@ -160,7 +160,7 @@ async def _settled(served: Served, done: Callable[[Holdings], bool]) -> Holdings
 def _leaks(before: Holdings, after: Holdings) -> dict[str, float]:
     """What is held now and was not before, by kind; fewer blocks are free, more of the rest.
 
-    Threads are no leak: a process makes those of its pool, at most 4 more than its cores, one by one.
+    Threads are no leak: a process makes those of its pool, 4 more than its cores, one by one.
     """
     differences = {
         "blocks": sum(before.blocks.values()) - sum(after.blocks.values()),

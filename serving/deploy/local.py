@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_S = 10.0  # from SIGTERM to SIGKILL
-RESTART_FIRST_S, RESTART_MAX_S = 0.5, 30.0
-STABLE_S = 60.0  # a worker that lived this long starts again without a pause
+RESTART_FIRST_S, RESTART_MAX_S = 0.1, 30.0
+STABLE_S = 10.0  # a worker that lived this long did not die of its start: the pauses begin anew
 
 
 @dataclass(frozen=True, slots=True)

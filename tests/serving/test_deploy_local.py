@@ -70,15 +70,18 @@ async def joined(task: asyncio.Task, members: Members, *names: str) -> list[int]
     return [members.get(name).join.pid for name in names]
 
 
-async def test_a_killed_worker_starts_again_and_joins_again(until):
+async def test_a_killed_worker_starts_again_and_joins_again_after_growing_pauses(until, caplog):
     async with deployed(("a", "b")) as (task, members):
         first, other = await joined(task, members, "a", "b")
-        os.kill(first, signal.SIGKILL)
-        await until(lambda: members.get("a") is None)
-        (second,) = await joined(task, members, "a")
-        assert second != first
+        lives = [first]
+        for _ in range(2):
+            os.kill(lives[-1], signal.SIGKILL)
+            await until(lambda: members.get("a") is None)
+            lives += await joined(task, members, "a")
+        assert len(set(lives)) == 3
         assert members.get("b").join.pid == other
-    assert not runs(second)
+    assert [r.args[-1] for r in caplog.records if "starts again" in r.msg] == [0.1, 0.2]
+    assert not any(map(runs, lives))
     assert not runs(other)
 
 
