@@ -192,14 +192,24 @@ def test_any_family_can_be_cut(make_runner, tiny_model, family, config):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "kv_dtype"), [("int4", "float16"), ("int8", "float16"), ("int8", "int8")]
+    ("family", "quantize", "kv_dtype", "error"),
+    [
+        ("Llama", "int4", "float16", 0.1),
+        ("Llama", "int8", "float16", 0.1),
+        ("Llama", "int8", "int8", 0.1),
+        ("Mixtral", "int4", "float16", 0.3),  # rounding also makes rows go to other experts
+    ],
 )
-def test_fast_parts_hold_the_same_quantised_weights(make_runner, folder, quantize, kv_dtype):
+def test_fast_parts_hold_the_same_quantised_weights(
+    make_runner, tiny_model, family, quantize, kv_dtype, error
+):
     """Sums are made in another order, so activations round differently, but no worse."""
+    config = {"num_local_experts": 4} if family == "Mixtral" else {}
+    _, folder = tiny_model(family, **SHAPE, **config)
     truth = np.array(score(NativeRunner(open_checkpoint(folder, quantize), BLOCKS, 1)))
     alone = score(FastRunner(open_checkpoint(folder, quantize), BLOCKS, 1, 64, kv_dtype))
     group = score(make_runner(folder, (2, 1), mode="fast", quantize=quantize, kv_dtype=kv_dtype))
-    assert np.abs(group - truth).mean() < 1.5 * np.abs(alone - truth).mean() < 0.1
+    assert np.abs(group - truth).mean() < 1.5 * np.abs(alone - truth).mean() < error
 
 
 def score(runner):
