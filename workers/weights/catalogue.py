@@ -10,6 +10,10 @@ from scheduler.errors import SetupError
 from workers.weights.wheel import WheelMember, fetch, models_folder
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+HUB_TWICE = (
+    "consolidated*",
+    "original/*",
+)  # the same weights once more, as their authors name them
 _HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PUBLIC_NAME = re.compile(r"[A-Za-z0-9][\w./:-]*")
 
@@ -101,7 +105,11 @@ def _download_repository(repository: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_TWICE)
+            )
+        )
     except GatedRepoError as error:
         raise SetupError(
             f"{repository} on Hugging Face needs its terms accepted there; do so, then set HF_TOKEN"
