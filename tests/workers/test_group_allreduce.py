@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,8 @@ from scheduler.errors import ProtocolError
 from workers.group.allreduce import ALGORITHMS, fastest, predicted_s
 from workers.group.formation import connect
 from workers.group.links import accept, dial, listener
-from workers.group.words import Peer
+from workers.group.ways import ALWAYS, Combine, measure, rehearse
+from workers.group.words import Peer, Use
 
 SECRET = b"a secret"
 
@@ -100,6 +102,25 @@ def test_the_formulas_choose_one_hop_for_short_sums_and_two_for_long(
 def test_two_ranks_of_a_star_and_of_direct_exchange_differ_by_a_hop():
     star, direct = (predicted_s(way, 2, 1000, 1e-3, 1e6) for way in ("star", "direct"))
     assert star == pytest.approx(2 * direct)
+
+
+def test_a_group_takes_the_fastest_way_of_each_size_that_it_tried(meshes):
+    group = meshes(2)
+    combine = Combine(group[1])
+    said = queue.Queue()
+
+    def obey():
+        while not isinstance(word := said.get(), Use):
+            rehearse(group[1], word)
+        combine.use(word.ways)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(obey)
+        ways = measure(group[0], said.put, [256, 65_536])
+        said.put(Use(ways))
+        future.result()
+    assert [size for size, _ in ways] == [4096, ALWAYS]  # the middle of the two, by their ratio
+    assert {way for _, way in ways} <= ALGORITHMS.keys()
 
 
 # ── who may join ────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError
-from workers.group.allreduce import ALGORITHMS, Mesh
+from workers.group.allreduce import Mesh
 from workers.group.links import Link, accept, dial
 from workers.group.words import INTRODUCE, Introduce
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
-    from workers.group.allreduce import Array
     from workers.group.words import Peer
 
 CONNECT_S = 20.0  # for all links of a formation to stand
@@ -50,16 +49,3 @@ def connect(
             link.close()
         raise
     return Mesh(rank, len(peers), links)
-
-
-class Combine:
-    """Sums flat float32 arrays over the ranks of a mesh, each size in the way that was agreed."""
-
-    def __init__(self, mesh: Mesh, ways: Sequence[tuple[int, str]]) -> None:
-        self._mesh = mesh
-        self._ways = [(size, ALGORITHMS[name]) for size, name in ways]
-
-    def __call__(self, part: Array) -> None:
-        if self._mesh.size > 1:
-            way = next(way for size, way in self._ways if part.nbytes <= size)
-            way(self._mesh, part)

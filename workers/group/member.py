@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from kernels.program import Span
 from scheduler.errors import ProtocolError, SetupError
-from workers.group.formation import Combine, connect
+from workers.group.formation import connect
 from workers.group.links import dial, listener
 from workers.group.part import Means, Wanted, load_part
+from workers.group.ways import Combine, rehearse
 from workers.group.words import (
     ORDER,
     TO_RANK,
@@ -28,6 +29,7 @@ from workers.group.words import (
     Ready,
     Refuse,
     Run,
+    Try,
     Word,
 )
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     import socket
 
     from scheduler.messages import Address
-    from workers.group.allreduce import Mesh
     from workers.group.links import Link
     from workers.group.part import Part
     from workers.group.words import ToRank
@@ -158,33 +159,43 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
             kv_blocks=form.kv_blocks,
             max_rows=form.max_rows,
         )
-        part = load_part(wanted, config.means, Combine(mesh, form.ways))
+        combine = Combine(mesh)
+        part = load_part(wanted, config.means, combine)
         try:
             control.say(Ready(form.epoch))
             logger.info("rank %d of %d", form.rank, len(form.peers))
-            _obey(mesh, part, form.hidden)
+            _obey(combine, part, form.hidden)
         finally:
             part.close()
     finally:
         mesh.close()
 
 
-def _obey(mesh: Mesh, part: Part, width: int) -> None:
+def _obey(combine: Combine, part: Part, width: int) -> None:
     """Do what rank 0 says until it says Leave, or a link breaks."""
-    leader = mesh.links[0]
+    leader = combine.mesh.links[0]
     while True:
         order = leader.hear(ORDER)
         if isinstance(order, Leave):
             return
-        if isinstance(order, Copy):
+        if isinstance(order, Run | Logits):
+            _compute(leader, part, width, order)
+        elif isinstance(order, Copy):
             part.cache.copy(list(order.pairs))
-            continue
-        x = np.empty((order.rows, width), np.float32)
-        leader.receive_into(x.data.cast("B"))
-        if isinstance(order, Run):
-            spans = [Span(s.first, s.count, s.start, s.blocks) for s in order.spans]
-            _, logits = part.run(x, spans, order.drawn)
-        elif isinstance(order, Logits):
-            logits = part.logits(x)
-        if logits.size:
-            leader.send(np.ascontiguousarray(logits).data.cast("B"))
+        elif isinstance(order, Try):
+            rehearse(combine.mesh, order)
+        else:
+            combine.use(order.ways)
+
+
+def _compute(leader: Link, part: Part, width: int, order: Run | Logits) -> None:
+    """Rows come, logits go."""
+    x = np.empty((order.rows, width), np.float32)
+    leader.receive_into(x.data.cast("B"))
+    if isinstance(order, Run):
+        spans = [Span(s.first, s.count, s.start, s.blocks) for s in order.spans]
+        _, logits = part.run(x, spans, order.drawn)
+    else:
+        logits = part.logits(x)
+    if logits.size:
+        leader.send(np.ascontiguousarray(logits).data.cast("B"))

@@ -6,17 +6,18 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
 from scheduler.errors import ProtocolError, SetupError
-from workers.group.formation import Combine, connect
+from workers.group.formation import connect
 from workers.group.links import listener
 from workers.group.part import Means, Wanted, load_part
 from workers.group.partition import partition
 from workers.group.sharded import Embedder
-from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run
+from workers.group.ways import ALWAYS, Combine, measure
+from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run, Use
 from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
 from workers.reading import read, rms_norm
@@ -33,19 +34,17 @@ if TYPE_CHECKING:
     from workers.group.leader import Leader, Member
     from workers.group.part import Part
     from workers.group.partition import Share
-    from workers.group.words import Order
+    from workers.group.words import Word
     from workers.kv_cache import KvDtype
     from workers.runner import Sampled, Wishes
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
-    Ways: TypeAlias = tuple[tuple[int, str], ...]
 
 logger = logging.getLogger(__name__)
 
 SETTLE_S = 10.0  # for the ranks of a broken formation to say so
 LOAD_S = 1800.0  # for every rank to have its share in memory
 ATTEMPTS = 8  # formations in a row that broke before they stood
-ALWAYS = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,7 @@ class GroupRunner:
             read(slices, hidden, self, wishes.readings)
         return self._sampler.sample(logits, make_draws(slices, wishes.masks))
 
-    def _order(self, order: Order, x: Array | None = None) -> None:
+    def _order(self, order: Word, x: Array | None = None) -> None:
         """Tell every rank what to do, with these rows."""
         for link in self._mesh.links.values():
             link.say(order)
@@ -204,9 +203,8 @@ class GroupRunner:
             Peer("rank 0", "", self._server.getsockname()[1]),
             *(Peer(member.hello.name, member.host, member.hello.port) for member in members),
         )
-        ways = self._ways(len(peers))
         for rank, member in enumerate(members, 1):
-            self._leader.tell(member, self._form_of(rank, peers, ways))
+            self._leader.tell(member, self._form_of(rank, peers))
         wanted = Wanted(
             share=self._shares[0],
             mode=options.mode,
@@ -218,8 +216,11 @@ class GroupRunner:
         )
         self._mesh = connect(self._server, options.secret, self._epoch, 0, peers)
         try:
-            self.part = load_part(wanted, options.means, Combine(self._mesh, ways))
+            combine = Combine(self._mesh)
+            self.part = load_part(wanted, options.means, combine)
             ready = self._leader.all_ready(members, self._epoch, LOAD_S)
+            if ready:
+                self._agree(combine)
         except BaseException:
             self._mesh.close()
             raise
@@ -228,14 +229,13 @@ class GroupRunner:
             self.part.close()
         return ready
 
-    def _form_of(self, rank: int, peers: tuple[Peer, ...], ways: Ways) -> Form:
+    def _form_of(self, rank: int, peers: tuple[Peer, ...]) -> Form:
         options = self._options
         return Form(
             epoch=self._epoch,
             rank=rank,
             peers=peers,
             share=self._shares[rank],
-            ways=ways,
             mode=options.mode,
             kv_dtype=options.kv_dtype,
             quantize=options.quantize,
@@ -245,5 +245,14 @@ class GroupRunner:
             hidden=self._shape.hidden,
         )
 
-    def _ways(self, ranks: int) -> Ways:
-        return ((ALWAYS, self._options.way or "direct"),)
+    def _agree(self, combine: Combine) -> None:
+        """On the ways of sums: the one that was asked for, or the fastest for each size."""
+        if self.ranks == 1:
+            return
+        row = 4 * self._shape.hidden  # of one token
+        sizes = [row * rows for rows in (1, 16, self._options.max_rows)]
+        chosen = self._options.way
+        ways = ((ALWAYS, chosen),) if chosen else measure(self._mesh, self._order, sizes)
+        self._order(Use(ways))
+        combine.use(ways)
+        logger.info("sums travel: %s", ", ".join(f"{way} up to {size} B" for size, way in ways))

@@ -64,7 +64,6 @@ class Form(Word, frozen=True):
     rank: int
     peers: tuple[Peer, ...]  # in the order of ranks
     share: Share
-    ways: tuple[tuple[int, str], ...]  # (up to so many bytes, the allreduce to use), ascending
     mode: Literal["fast", "exact"]
     kv_dtype: KvDtype
     quantize: Literal["int4", "int8"] | None
@@ -119,13 +118,27 @@ class Copy(Word, frozen=True):
     pairs: tuple[tuple[int, int], ...]
 
 
+class Try(Word, frozen=True):
+    """Sum so many bytes so many times in this way: rank 0 looks at its clock."""
+
+    way: str
+    size: int
+    count: int
+
+
+class Use(Word, frozen=True):
+    """The ways of all sums from here on: (up to so many bytes, the way), ascending."""
+
+    ways: tuple[tuple[int, str], ...]
+
+
 class Leave(Word, frozen=True):
     """The formation ends; wait for the next on the control link."""
 
 
 FromRank: TypeAlias = Ready | Left | Beat
 ToRank: TypeAlias = Form | Refuse
-Order: TypeAlias = Run | Logits | Copy | Leave
+Order: TypeAlias = Run | Logits | Copy | Try | Use | Leave
 
 HELLO = Decoder(Hello)
 FROM_RANK: Decoder[FromRank] = Decoder(FromRank)

@@ -1,0 +1,248 @@
+"""Sums over ranks: each way of ours beside the least that sockets take, and beside pickled arrays.
+
+    python bench/allreduce.py                                  4 processes on loopback, 16 KB
+    python bench/allreduce.py --link 300Mbit,1ms --grid        emulated links, beside the formulas
+    python bench/allreduce.py --tiny                           seconds: does everything still run?
+
+"raw star" is the shortest program that does the same: blocking sockets, rank 0 adds and sends back.
+"pickle star" is what it costs to send the arrays as pickles. With --grid, every way is measured for
+several sizes and links; "chosen" is the one that a group would take after its own trial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from link_emulator import LinkEmulator
+from rich.console import Console
+from rich.table import Table
+
+from workers.group.allreduce import ALGORITHMS, Mesh, predicted_s
+from workers.group.formation import connect
+from workers.group.links import listener
+from workers.group.words import Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+SECRET = b"bench"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One-way delay between two ranks, and the rate of a rank's own link."""
+
+    name: str
+    delay_s: float
+    bytes_per_s: float
+
+
+LINKS = (
+    Link("1Gbit,0.2ms", 2e-4, 125e6),
+    Link("300Mbit,1ms", 1e-3, 37.5e6),
+    Link("100Mbit,5ms", 5e-3, 12.5e6),
+)
+SIZES = (4096, 16_384, 65_536, 262_144, 1_048_576)
+
+
+def raw_star(mesh: Mesh, part: Array) -> None:
+    """The least that it takes."""
+    if mesh.rank:
+        sock = mesh.links[0].sock
+        sock.sendall(part)
+        receive(sock, part.data.cast("B"))
+        return
+    row = mesh.buffers(1, part.size)[0]
+    for other in mesh.others:
+        receive(mesh.links[other].sock, row.data.cast("B"))
+        part += row
+    for other in mesh.others:
+        mesh.links[other].sock.sendall(part)
+
+
+def pickle_star(mesh: Mesh, part: Array) -> None:
+    """Objects over sockets as they come (no TCP_NODELAY), received in pieces of 4 KB."""
+    for link in mesh.links.values():
+        link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    if mesh.rank:
+        sock = mesh.links[0].sock
+        send_object(sock, part)
+        part[:] = receive_object(sock)
+        return
+    for other in mesh.others:
+        part += receive_object(mesh.links[other].sock)
+    for other in mesh.others:
+        send_object(mesh.links[other].sock, part)
+
+
+def receive(sock: socket.socket, view: memoryview) -> None:
+    while view:
+        view = view[sock.recv_into(view) :]
+
+
+def send_object(sock: socket.socket, value: Array) -> None:
+    body = pickle.dumps(value)
+    sock.sendall(len(body).to_bytes(8, "big"))
+    sock.sendall(body)
+
+
+def receive_object(sock: socket.socket) -> Array:
+    size = int.from_bytes(sock.recv(8), "big")
+    body = b""
+    while len(body) < size:
+        body += sock.recv(min(4096, size - len(body)))
+    value: Array = pickle.loads(body)  # of our own child, to show what it costs
+    return value
+
+
+WAYS: dict[str, Callable[[Mesh, Array], None]] = {
+    **ALGORITHMS,
+    "raw star": raw_star,
+    "pickle star": pickle_star,
+}
+
+
+def rank_main(
+    rank: int, server: socket.socket, peers: list[Peer], plan: list[tuple[str, int, int]], out: Any
+) -> None:
+    """Sums of each (way, bytes, count); rank 0 tells the seconds of each."""
+    mesh = connect(server, SECRET, 1, rank, peers)
+    times: list[list[float]] = []
+    for way, size, count in plan:
+        part = np.ones(size // 4, np.float32)
+        row = []
+        for _ in range(count + 2):
+            begun = time.perf_counter()
+            WAYS[way](mesh, part)
+            row.append(time.perf_counter() - begun)
+            part[:] = 1
+        times.append(row[2:])
+        for link in mesh.links.values():
+            link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if rank == 0:
+        out.send(times)
+    mesh.close()
+
+
+def measure(ranks: int, plan: list[tuple[str, int, int]], link: Link | None) -> list[list[float]]:
+    """The plan in processes of their own, over loopback or over emulated links."""
+    servers = [listener("127.0.0.1", 0) for _ in range(ranks)]
+    ports = [server.getsockname()[1] for server in servers]
+    emulator = LinkEmulator(ports, link.delay_s, link.bytes_per_s) if link else None
+    near, far = multiprocessing.Pipe()
+    processes = []
+    for rank, server in enumerate(servers):
+        seen = [emulator.port(rank, o) if emulator and o < rank else ports[o] for o in range(ranks)]
+        peers = [Peer(str(other), "127.0.0.1", port) for other, port in enumerate(seen)]
+        process = multiprocessing.Process(target=rank_main, args=(rank, server, peers, plan, far))
+        process.start()
+        processes.append(process)
+    if not near.poll(300):
+        raise SystemExit("the ranks did not answer")
+    times: list[list[float]] = near.recv()
+    for process in processes:
+        process.join(10)
+    for server in servers:
+        server.close()
+    if emulator:
+        emulator.cut()
+    return times
+
+
+def loopback(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ways in turn, round after round, so that a busy moment hits all alike."""
+    names = list(WAYS)
+    plan = [(way, options.size, options.count) for _ in range(options.rounds) for way in names]
+    times = measure(options.ranks, plan, None)
+    rows = []
+    for number, way in enumerate(names):
+        own = [seconds for row in times[number :: len(names)] for seconds in row]
+        cuts = quantiles(own, n=10)
+        rows.append({"way": way, "p50_us": 1e6 * median(own), "p90_us": 1e6 * cuts[8]})
+    return rows
+
+
+def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every size over every link: measured, by the formula, and what a group would choose."""
+    rows = []
+    links = [link for link in LINKS if options.link in (None, link.name)]
+    for link in links:
+        trial = [(way, size, 3) for size in SIZES for way in ALGORITHMS]
+        plan = [*trial, *((way, size, options.count) for way, size, _ in trial)]
+        medians = [median(row) for row in measure(options.ranks, plan, link)]
+        for number, size in enumerate(SIZES):
+            first = number * len(ALGORITHMS)
+            tried = dict(zip(ALGORITHMS, medians[first:], strict=False))
+            measured = dict(zip(ALGORITHMS, medians[len(trial) + first :], strict=False))
+            chosen = min(tried, key=lambda way: tried[way])
+            formula = {
+                way: predicted_s(way, options.ranks, size, link.delay_s, link.bytes_per_s)
+                for way in ALGORITHMS
+            }
+            rows.append(
+                {
+                    "link": link.name,
+                    "size": size,
+                    "ms": {way: 1e3 * seconds for way, seconds in measured.items()},
+                    "formula_ms": {way: 1e3 * seconds for way, seconds in formula.items()},
+                    "chosen": chosen,
+                    "over_fastest": measured[chosen] / min(measured.values()),
+                    "over_formula": measured[chosen] / formula[chosen],
+                }
+            )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(words(value) for value in row.values()))
+    Console().print(table)
+
+
+def words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {number:.2f}" for name, number in value.items())
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--size", type=int, default=16_384, help="bytes (default 16384)")
+    parser.add_argument("--count", type=int, default=50, help="sums of each way in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--grid", action="store_true", help="sizes and links")
+    parser.add_argument("--link", choices=[link.name for link in LINKS], help="only this one")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if options.tiny:
+        options.ranks, options.count, options.rounds = 2, 2, 1
+    rows = grid(options) if options.grid else loopback(options)
+    if options.json:
+        conditions = {"cores": os.cpu_count(), "load": os.getloadavg(), "ranks": options.ranks}
+        links = [asdict(link) for link in LINKS]
+        print(json.dumps({"conditions": conditions, "links": links, "rows": rows}))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

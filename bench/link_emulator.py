@@ -1,0 +1,107 @@
+"""Slow links between processes of one machine: delay, rate and partition, by a proxy over TCP.
+
+Each rank has a link of its own to the network, which all its connections share: what it sends waits
+for its uplink, crosses in `delay_s`, and waits for the receiver's downlink. Threads sleep, since an
+event loop's timers are no finer than a millisecond.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+
+CHUNK = 8192  # bytes that hold a link at a time
+
+
+class Wire:
+    """One direction of one rank's link."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate = bytes_per_s
+        self._free = 0.0
+        self._lock = threading.Lock()
+
+    def carry(self, size: int, earliest: float) -> float:
+        """When the last byte is through."""
+        with self._lock:
+            self._free = max(self._free, earliest) + size / self._rate
+            return self._free
+
+
+class LinkEmulator:
+    """Proxies between ranks: `port(dialler, listener)` stands for the listener's own port."""
+
+    def __init__(self, ports: list[int], delay_s: float, bytes_per_s: float) -> None:
+        self._delay = delay_s
+        self._up = [Wire(bytes_per_s) for _ in ports]
+        self._down = [Wire(bytes_per_s) for _ in ports]
+        self._sockets: list[socket.socket] = []
+        self._ports: dict[tuple[int, int], int] = {}
+        for dialler in range(len(ports)):
+            for listener in range(dialler):
+                self._proxy(dialler, listener, ports[listener])
+
+    def port(self, dialler: int, listener: int) -> int:
+        return self._ports[dialler, listener]
+
+    def cut(self) -> None:
+        """Every connection breaks: a partition, and the end of the emulation."""
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def _proxy(self, dialler: int, listener: int, port: int) -> None:
+        server = socket.create_server(("127.0.0.1", 0))
+        self._sockets.append(server)
+        self._ports[dialler, listener] = server.getsockname()[1]
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    near, _ = server.accept()
+                    far = socket.create_connection(("127.0.0.1", port))
+                    self._pipe(near, far, dialler, listener)
+                    self._pipe(far, near, listener, dialler)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+    def _pipe(self, source: socket.socket, target: socket.socket, sender: int, to: int) -> None:
+        """Carry bytes one way: one thread takes them in, one gives them out when they are due."""
+        self._sockets.append(source)
+        target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        due: deque[tuple[float, bytes]] = deque()
+        news = threading.Condition()
+
+        def take() -> None:
+            with suppress(OSError):
+                while data := source.recv(CHUNK):
+                    sent = self._up[sender].carry(len(data), time.perf_counter())
+                    # The downlink takes the bytes as they come: only what others send delays them.
+                    start = sent - len(data) / self._up[sender]._rate + self._delay
+                    arrived = self._down[to].carry(len(data), start)
+                    with news:
+                        due.append((arrived, data))
+                        news.notify()
+            with news:
+                due.append((0.0, b""))
+                news.notify()
+
+        def give() -> None:
+            with suppress(OSError):
+                while True:
+                    with news:
+                        news.wait_for(lambda: due)
+                        when, data = due.popleft()
+                    if not data:
+                        target.shutdown(socket.SHUT_WR)
+                        return
+                    if (wait := when - time.perf_counter()) > 0:
+                        time.sleep(wait)
+                    target.sendall(data)
+
+        for run in (take, give):
+            threading.Thread(target=run, daemon=True).start()
