@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHAPE = ("--prefill", "1", "--decode", "2")
 MODEL = "fake:step_ms=1,tokens=200"
-CLIENTS = 48
+MOST_CLIENTS = 48
 STAY_S = 1.0  # a client leaves after at most so long
 SETTLE_S, LOOK_S = 10.0, 0.6
 WARM_S = 30.0  # nobody leaves
@@ -101,9 +101,10 @@ async def disconnects(count: int, seed: int) -> dict[str, object]:
 
 
 async def _leave(served: Served, count: int, chance: random.Random) -> dict[str, object]:
-    await _visits(served.url, [WARM_S] * 4 * CLIENTS)
+    clients = min(MOST_CLIENTS, count // 8)
+    await _visits(served.url, clients, [WARM_S] * 4 * clients)
     before = await _settled(served, lambda held: not held.in_flight)
-    finished = await _visits(served.url, [chance.uniform(0, STAY_S) for _ in range(count)])
+    finished = await _visits(served.url, clients, [chance.uniform(0, STAY_S) for _ in range(count)])
     after = await _settled(served, lambda held: not _leaks(before, held))
     leaked = _leaks(before, after)
     return {
@@ -118,15 +119,15 @@ async def _leave(served: Served, count: int, chance: random.Random) -> dict[str,
     }
 
 
-async def _visits(url: str, stays: list[float]) -> int:
-    """One request for each stay, CLIENTS of them at once; how many were complete in time."""
+async def _visits(url: str, clients: int, stays: list[float]) -> int:
+    """One request for each stay, so many at once; how many were complete in time."""
     numbers = iter(range(len(stays)))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def client() -> int:
             return sum([await _visit(session, url, number, stays[number]) for number in numbers])
 
-        return sum(await asyncio.gather(*(client() for _ in range(CLIENTS))))
+        return sum(await asyncio.gather(*(client() for _ in range(clients))))
 
 
 async def _visit(session: aiohttp.ClientSession, url: str, number: int, stay: float) -> bool:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workers.held import Held, Ready
     from workers.kv_cache import KvCache
 
+MOST_KEPT = 8  # idle links to one peer
 ROUNDS = 3  # commits before a peer that misses something each time is given up
 
 
@@ -187,8 +188,9 @@ class KvSender:
             _close(link)
             raise
         self.bytes_sent += lease.bytes_sent
-        if lease.committed:
-            self._idle.setdefault(peer.address, []).append(link)
+        kept = self._idle.setdefault(peer.address, [])
+        if lease.committed and len(kept) < MOST_KEPT:
+            kept.append(link)
         else:
             link.close()  # with it ends the lease
 
@@ -216,7 +218,18 @@ class KvSender:
             if link.connection.alive:
                 return link
             link.close()
+        self._forget_the_dead()
         return Link(await dial(address.host, address.port, self._secret))
+
+    def _forget_the_dead(self) -> None:
+        """A peer that started again has another address: nobody asks for its old links."""
+        for address, links in list(self._idle.items()):
+            self._idle[address] = [link for link in links if link.connection.alive]
+            for link in links:
+                if link not in self._idle[address]:
+                    link.close()
+            if not self._idle[address]:
+                del self._idle[address]
 
 
 def _close(link: Link | None) -> None:

@@ -26,6 +26,7 @@ from scheduler.messages import (
     Reserved,
 )
 from scheduler.transport import dial, listen
+from workers import kv_send
 from workers.engine_loop import EngineLoop
 from workers.fake import FakeOptions, FakeRunner
 from workers.kv_memory import host
@@ -228,6 +229,30 @@ async def test_a_kept_connection_that_the_peer_closed_is_not_used(linked, make_j
         link.connections[0].close()
         await link.hand_over(make_job(id="second", ids=PROMPT))
         assert len(link.connections) == 2
+
+
+async def test_links_to_a_peer_that_is_gone_for_good_are_closed(linked, make_job, until):
+    """It started again at another address, and nobody asks for the old one."""
+    async with linked() as link:
+        await link.hand_over(make_job(id="first", ids=PROMPT))
+        (old,) = link.connections
+        old.close()
+        (kept,) = link.sender._idle[link.peer.address]
+        await until(lambda: not kept.connection.alive)
+        async with listen("127.0.0.1", 0, SECRET, link.serve) as bound:
+            link.peer = Peer("d", Address(*bound))
+            await link.hand_over(make_job(id="second", ids=PROMPT))
+            assert list(link.sender._idle) == [link.peer.address]
+            assert kept.connection._closed
+
+
+async def test_so_many_idle_links_are_kept_and_no_more(linked, make_job, monkeypatch):
+    monkeypatch.setattr(kv_send, "MOST_KEPT", 2)
+    async with linked() as link:
+        jobs = [make_job(id=str(number), ids=PROMPT) for number in range(5)]
+        await asyncio.gather(*map(link.hand_over, jobs))
+        assert len(link.connections) > 2
+        assert len(link.sender._idle[link.peer.address]) == 2
 
 
 async def test_a_full_decode_pool_makes_the_next_wait_before_its_prefill(linked, make_job, until):
