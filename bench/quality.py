@@ -5,8 +5,8 @@
 Prints top-1 agreement, mean and largest KL divergence and perplexities over the positions of
 bench/prose.txt, against the same quantised weights in fp32: for `fast` as it runs, with its fp16 KV
 cache and with an int8 one; for int8 activations alone (with an fp32 KV cache), and for an fp16 and
-an int8 KV cache alone. Exits with 1 if `fast`, with either cache, agrees in less than 98 % of the
-positions, or diverges by more than 0.01 nats on average.
+an int8 KV cache alone. Exits with 1 if `fast` agrees in less than 98 % of the positions, or
+diverges by more than 0.01 nats on average; the int8 cache is a choice, whose price is only printed.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def main() -> int:
             print(msgspec.json.encode(verdict).decode())
     else:
         print_table(verdicts)
-    return 0 if all(v.holds for v in verdicts if v.variant.startswith("fast")) else 1
+    return 0 if verdicts[0].holds else 1
 
 
 def print_table(verdicts: list[Verdict]) -> None:
