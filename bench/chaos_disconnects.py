@@ -26,7 +26,8 @@ SHAPE = ("--prefill", "1", "--decode", "2")
 MODEL = "fake:step_ms=1,tokens=200"
 MOST_CLIENTS = 48
 STAY_S = 1.0  # a client leaves after at most so long
-SETTLE_S, LOOK_S = 10.0, 0.6
+REST_S = 3.0  # idle links between workers are closed by then
+SETTLE_S, LOOK_S = 10.0, 0.5
 WARM_S = 30.0  # nobody leaves
 READY_S = 60.0
 
@@ -102,7 +103,7 @@ async def disconnects(count: int, seed: int) -> dict[str, object]:
 
 async def _leave(served: Served, count: int, chance: random.Random) -> dict[str, object]:
     clients = min(MOST_CLIENTS, count // 8)
-    await _visits(served.url, clients, [WARM_S] * 4 * clients)
+    await _visits(served.url, clients, [WARM_S] * 2 * clients)
     before = await _settled(served, lambda held: not held.in_flight)
     finished = await _visits(served.url, clients, [chance.uniform(0, STAY_S) for _ in range(count)])
     after = await _settled(served, lambda held: not _leaks(before, held))
@@ -149,7 +150,8 @@ async def _visit(session: aiohttp.ClientSession, url: str, number: int, stay: fl
 
 
 async def _settled(served: Served, done: Callable[[Holdings], bool]) -> Holdings:
-    """What is held once everything has had time to end: at least two heartbeats' time."""
+    """What is held once everything has had time to end."""
+    await asyncio.sleep(REST_S)
     for _ in range(round(SETTLE_S / LOOK_S)):
         await asyncio.sleep(LOOK_S)
         held = await served.holdings()

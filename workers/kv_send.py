@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from workers.held import Held, Ready
     from workers.kv_cache import KvCache
 
-MOST_KEPT = 8  # idle links to one peer
+KEEP_S = 2.0  # an idle link, for the next hand-over to this peer
 ROUNDS = 3  # commits before a peer that misses something each time is given up
 
 
@@ -171,7 +171,7 @@ class KvSender:
         self._cache = cache
         self._secret = secret
         self._limits = limits
-        self._idle: dict[Address, list[Link]] = {}
+        self._idle: dict[Address, dict[Link, asyncio.TimerHandle]] = {}  # until it is closed
 
     @asynccontextmanager
     async def reserve(self, job: Job, peer: Peer) -> AsyncIterator[Lease]:
@@ -188,17 +188,15 @@ class KvSender:
             _close(link)
             raise
         self.bytes_sent += lease.bytes_sent
-        kept = self._idle.setdefault(peer.address, [])
-        if lease.committed and len(kept) < MOST_KEPT:
-            kept.append(link)
+        if lease.committed:
+            self._keep(peer.address, link)
         else:
             link.close()  # with it ends the lease
 
     def close(self) -> None:
-        for links in self._idle.values():
-            for link in links:
-                link.close()
-        self._idle.clear()
+        for address, links in list(self._idle.items()):
+            for link in list(links):
+                self._take(address, link).close()
 
     async def _ask(self, link: Link, job: Job) -> Lease:
         limits = self._limits
@@ -212,24 +210,25 @@ class KvSender:
 
     async def _connect(self, address: Address) -> Link:
         """A kept link that is still open, else a new one."""
-        kept = self._idle.get(address, [])
-        while kept:
-            link = kept.pop()
+        for link in reversed(list(self._idle.get(address, ()))):
+            self._take(address, link)
             if link.connection.alive:
                 return link
             link.close()
-        self._forget_the_dead()
         return Link(await dial(address.host, address.port, self._secret))
 
-    def _forget_the_dead(self) -> None:
-        """A peer that started again has another address: nobody asks for its old links."""
-        for address, links in list(self._idle.items()):
-            self._idle[address] = [link for link in links if link.connection.alive]
-            for link in links:
-                if link not in self._idle[address]:
-                    link.close()
-            if not self._idle[address]:
-                del self._idle[address]
+    def _keep(self, address: Address, link: Link) -> None:
+        """A link that nobody needs for a while is closed, or one would be left of each burst."""
+        loop = asyncio.get_running_loop()
+        links = self._idle.setdefault(address, {})
+        links[link] = loop.call_later(KEEP_S, lambda: self._take(address, link).close())
+
+    def _take(self, address: Address, link: Link) -> Link:
+        links = self._idle[address]
+        links.pop(link).cancel()
+        if not links:
+            del self._idle[address]
+        return link
 
 
 def _close(link: Link | None) -> None:

@@ -231,28 +231,14 @@ async def test_a_kept_connection_that_the_peer_closed_is_not_used(linked, make_j
         assert len(link.connections) == 2
 
 
-async def test_links_to_a_peer_that_is_gone_for_good_are_closed(linked, make_job, until):
-    """It started again at another address, and nobody asks for the old one."""
+async def test_links_that_nobody_needs_for_a_while_are_closed(linked, make_job, monkeypatch, until):
+    monkeypatch.setattr(kv_send, "KEEP_S", 0.01)
     async with linked() as link:
-        await link.hand_over(make_job(id="first", ids=PROMPT))
-        (old,) = link.connections
-        old.close()
-        (kept,) = link.sender._idle[link.peer.address]
-        await until(lambda: not kept.connection.alive)
-        async with listen("127.0.0.1", 0, SECRET, link.serve) as bound:
-            link.peer = Peer("d", Address(*bound))
-            await link.hand_over(make_job(id="second", ids=PROMPT))
-            assert list(link.sender._idle) == [link.peer.address]
-            assert kept.connection._closed
-
-
-async def test_so_many_idle_links_are_kept_and_no_more(linked, make_job, monkeypatch):
-    monkeypatch.setattr(kv_send, "MOST_KEPT", 2)
-    async with linked() as link:
-        jobs = [make_job(id=str(number), ids=PROMPT) for number in range(5)]
+        jobs = [make_job(id=str(number), ids=PROMPT) for number in range(3)]
         await asyncio.gather(*map(link.hand_over, jobs))
-        assert len(link.connections) > 2
-        assert len(link.sender._idle[link.peer.address]) == 2
+        await until(lambda: not link.sender._idle)
+        for connection in link.connections:
+            await until(lambda connection=connection: not connection.alive)
 
 
 async def test_a_full_decode_pool_makes_the_next_wait_before_its_prefill(linked, make_job, until):
