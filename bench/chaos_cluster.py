@@ -24,6 +24,7 @@ from serving.gateway import Gateway
 from serving.members import Members
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
+from serving.placing import RoutingOptions
 
 if TYPE_CHECKING:
     import random
@@ -94,7 +95,8 @@ class Cluster:
 
     def __init__(self, model: str, arguments: tuple[str, ...], nursery: Nursery) -> None:
         self.members = Members()
-        self.gateway = Gateway(self.members)
+        # A policy that splits every request: each kind of blow finds its moment.
+        self.gateway = Gateway(self.members, routing=RoutingOptions("least-load"))
         self.url = ""
         self._model = model
         self._arguments = arguments

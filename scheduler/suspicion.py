@@ -1,4 +1,4 @@
-"""When a silent worker counts as lost.
+"""When a worker counts as lost though its connection stands: it is silent, or it stands still.
 
 A connection that breaks says so at once; a host that stops, or a network that parts, says nothing.
 Silence is what the watcher itself lived through: it counts at most MOST_LOOK_S for each look, so a
@@ -13,7 +13,9 @@ MOST_LOOK_S = 2 * LOOK_S
 SUSPECT_S = 1.0  # patience with a worker that speaks regularly: four heartbeats
 MOST_PATIENCE_S = 5.0
 SLACK = 1.5  # patience is so many times the longest pause of late
-DECAY = 0.95  # of the longest pause's memory, for each look that finds the worker talking
+STUCK_S = 30.0  # without a step; a step that is predicted to be long may take so many times that:
+STUCK_STEPS = 10
+DECAY = 0.98  # of the longest pause's memory, for each look that finds the worker talking
 
 
 class Suspicion:
@@ -40,3 +42,17 @@ class Suspicion:
             self._longest = max(self._longest * DECAY, self.silence)
             self.silence = 0.0
         return lost
+
+
+class Progress:
+    """For how long a worker has had work and taken no step: it talks, but its engine hangs."""
+
+    def __init__(self) -> None:
+        self._steps = -1
+        self._since = 0.0
+
+    def report(self, steps: int, *, busy: bool, now: float) -> float:
+        """By this heartbeat, in seconds."""
+        if not busy or steps != self._steps:
+            self._steps, self._since = steps, now
+        return now - self._since

@@ -24,7 +24,7 @@ from scheduler.fleet import Fleet, Worker
 from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
 from scheduler.models import BLOCK_TOKENS
 from scheduler.routing import Route
-from scheduler.suspicion import LOOK_S, Suspicion
+from scheduler.suspicion import LOOK_S, STUCK_S, STUCK_STEPS, Progress, Suspicion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,7 @@ class Member:
     since: float  # Unix seconds
     record: Record
     load: Load | None = None
+    progress: Progress = field(default_factory=Progress)
     outbox: asyncio.Queue[Wire] = field(default_factory=asyncio.Queue)
 
 
@@ -187,13 +188,19 @@ class Members:
         while True:
             message, _ = await member.connection.receive()
             if isinstance(message, Load):
-                member.load = message
-                member.worker.others_running = message.others_running
-                member.worker.others_queued = message.others_queued
+                self._report(member, message)
             elif isinstance(message, Leaving):
                 member.worker.draining = True
             else:
                 self.on_message(member.join.name, message)
+
+    def _report(self, member: Member, load: Load) -> None:
+        member.load, worker = load, member.worker
+        worker.others_running, worker.others_queued = load.others_running, load.others_queued
+        still = member.progress.report(load.steps, busy=load.running > 0, now=self.clock())
+        if still > max(STUCK_S, STUCK_STEPS * worker.token_s * worker.step_tokens):
+            logger.warning("worker %s has taken no step for %.0f s", member.join.name, still)
+            self._remove(member)
 
     async def _write(self, member: Member) -> None:
         with suppress(ConnectionError):

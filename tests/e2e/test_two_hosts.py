@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -21,7 +22,9 @@ pytestmark = [
 ROUTER, WORKER = "10.77.0.1", "10.77.0.2"
 ASK = """
 import json, sys, urllib.request
-body = json.dumps({"model": "fake", "prompt": sys.argv[2], "seed": 1, "max_tokens": 20}).encode()
+tokens = int(sys.argv[3])
+body = {"model": "fake", "prompt": sys.argv[2], "seed": 1, "max_tokens": tokens}
+body = json.dumps(body).encode()
 reply = urllib.request.urlopen(sys.argv[1] + "/v1/completions", body, timeout=20)
 print(json.load(reply)["choices"][0]["text"])
 """
@@ -72,14 +75,19 @@ def python(name: str, code: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def ask(cluster, name: str, prompt: str) -> str:
-    return python(name, ASK, cluster.url, prompt)
+def ask(cluster, name: str, prompt: str, tokens: int = 20) -> str:
+    return python(name, ASK, cluster.url, prompt, str(tokens))
+
+
+def counts(cluster, name: str, metric: str, worker: str) -> bool:
+    """This figure of the worker is not zero."""
+    text = python(name, SCRAPE, cluster.url)
+    pattern = rf'^{metric}{{.*worker="{worker}"}} [1-9]'
+    return re.search(pattern, text, re.MULTILINE) is not None
 
 
 def has_sent_kv(cluster, name: str, worker: str) -> bool:
-    text = python(name, SCRAPE, cluster.url)
-    pattern = rf'^motley_worker_kv_bytes_sent_total{{.*worker="{worker}"}} [1-9]'
-    return re.search(pattern, text, re.MULTILINE) is not None
+    return counts(cluster, name, "motley_worker_kv_bytes_sent_total", worker)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +126,28 @@ def test_a_worker_with_another_secret_is_refused(launch, serve, hosts):
         with launch(*join, prefix=inside(two), environment={"MOTLEY_SECRET": "two"}) as stranger:
             assert stranger.process.wait(30) == 2
             assert "motley: the router refused this worker: wrong cluster secret" in stranger.log
+
+
+def test_a_cable_that_is_pulled_costs_nobody_a_token(launch, serve, until, hosts):
+    """No connection is reset: the far worker is only silent, until the cable is back."""
+    one, two = hosts
+    cable = f"mb{os.getpid():x}"
+    secret = {"MOTLEY_SECRET": "between the two of us"}
+    model = "fake:step_ms=30,tokens=400"
+    shape = ("--prefill", "0", "--decode", "0", "--mixed", "1", "--cluster", "0.0.0.0:8100")
+    with serve(model, *shape, prefix=inside(one), environment=secret) as router:
+        alone = ask(router, one, "hello", 100)
+        join = ("worker", model, "--name", "far", "--join", f"{ROUTER}:8100")
+        with (
+            launch(*join, prefix=inside(two), environment=secret),
+            ThreadPoolExecutor() as clients,
+        ):
+            router.wait_for("worker far joined")
+            asked = [clients.submit(ask, router, one, "hello", 100) for _ in range(6)]
+            assert until(lambda: counts(router, one, "motley_worker_running", "far"), 10)
+            ip("-n", two, "link", "set", cable, "down")
+            router.wait_for("worker far is silent")
+            assert [answer.result() for answer in asked] == [alone] * 6
+            ip("-n", two, "link", "set", cable, "up")
+            router.wait_for(r"(?s)worker far left.*worker far joined")
+            assert ask(router, one, "hello", 100) == alone

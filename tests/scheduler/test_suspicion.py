@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.suspicion import DECAY, LOOK_S, MOST_PATIENCE_S, SUSPECT_S, Suspicion
+from scheduler.suspicion import (
+    DECAY,
+    LOOK_S,
+    MOST_PATIENCE_S,
+    SUSPECT_S,
+    Progress,
+    Suspicion,
+)
 
 
 def silent(suspicion: Suspicion, seconds: float) -> float | None:
@@ -75,3 +82,18 @@ def test_a_watcher_that_was_itself_stopped_blames_nobody():
     suspicion = talking()
     assert not suspicion.look(heard=False, elapsed=3600.0)
     assert not suspicion.look(heard=True, elapsed=LOOK_S)
+
+
+def test_a_worker_stands_still_while_it_has_work_and_takes_no_step():
+    progress, still = Progress(), []
+    for steps, busy, now in [
+        (4, True, 10),
+        (4, True, 15),
+        (5, True, 20),
+        (5, True, 28),
+        (5, False, 40),
+        (5, True, 41),
+        (5, True, 44),
+    ]:
+        still.append(progress.report(steps, busy=busy, now=now))
+    assert still == [0, 5, 0, 8, 0, 1, 4]

@@ -198,6 +198,21 @@ async def test_a_part_of_a_word_is_a_sign_of_life(routing, until):
         assert not any(silence)
 
 
+async def test_a_worker_that_talks_but_takes_no_step_is_a_loss(routing, until):
+    """Its engine hangs; its event loop still sends heartbeats."""
+    async with routing() as router:
+        now = [100.0]
+        router.members.clock = lambda: now[0]
+        worker = await router.join()
+        for passed, here in ((0, True), (25, True), (10, False)):
+            now[0] += passed
+            before = router.members.get("a").load
+            await worker.send(msgspec.structs.replace(LOAD))
+            await until(lambda b=before: getattr(router.members.get("a"), "load", None) is not b)
+            assert (router.members.get("a") is not None) is here
+        assert router.lost == ["a"]
+
+
 async def test_who_is_doubtful_gets_nothing_new_while_others_are_there(routing):
     async with routing() as router:
         await router.join("a")
