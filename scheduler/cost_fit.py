@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from scheduler.profiles import StepProfile
 
 SIZE = 5  # coefficients
-OUTLIERS = 4.0  # median errors away: a step that something else held up
+OUTLIERS = 10.0  # median errors away: a step that something else held up
 # The learner's random walk: between two steps a worker becomes faster or slower in everything by
 # about SPEED, and each coefficient by DRIFT by itself. One that only decodes while it is throttled
 # is thereby known to prefill slowly too.
@@ -39,35 +39,41 @@ def fit(
 ) -> CostModel:
     """The non-negative coefficients of least relative error over (shape, seconds) of many steps.
 
-    Steps far off the first fit are left out of the second. Raises ValueError without steps.
+    The first fit weighs each step by its own seconds, so it leans to those that were quick by
+    chance. The second weighs by the first one's predictions, which is fair to the mean, and leaves
+    out what is far off. Raises ValueError without steps.
     """
     measured = [(shape, seconds) for shape, seconds in steps if seconds > 0]
     if not measured:
         raise ValueError("no steps to fit")
     times = np.array([seconds for _, seconds in measured])
-    rows = np.array([(1.0, *shape) for shape, _ in measured]) / times[:, None]
-    errors = np.abs(rows @ _non_negative(rows) - 1)
+    rows = np.array([(1.0, *shape) for shape, _ in measured])
+    ones = np.ones(len(times))
+    predicted = rows @ _non_negative(rows / times[:, None], ones)
+    errors = np.abs(times / predicted - 1)
     kept = errors <= max(OUTLIERS * float(np.median(errors)), 1e-9)
-    step, token, attend, sequence, context = _non_negative(rows[kept]).tolist()
+    weights = predicted[kept]
+    best = _non_negative(rows[kept] / weights[:, None], times[kept] / weights)
+    step, token, attend, sequence, context = best.tolist()
     return CostModel(
         step, token, attend, sequence, context, provenance, kv_token_bytes, link_bytes_s
     )
 
 
-def _non_negative(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x ≥ 0 that brings rows·x nearest to 1.
+def _non_negative(rows: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """x ≥ 0 that brings rows·x nearest to the target.
 
     The answer is the plain least squares over the coefficients that are not 0, and of five there
     are few enough to try every choice.
     """
     scale = np.abs(rows).max(axis=0)
     scale[scale == 0] = 1.0
-    best, least = np.zeros(SIZE), float(len(rows))
+    best, least = np.zeros(SIZE), float(np.sum(target**2))
     for count in range(1, SIZE + 1):
         for chosen in itertools.combinations(range(SIZE), count):
             columns = rows[:, chosen] / scale[list(chosen)]
-            found, *_ = np.linalg.lstsq(columns, np.ones(len(rows)), rcond=None)
-            error = float(np.sum((columns @ found - 1) ** 2))
+            found, *_ = np.linalg.lstsq(columns, target, rcond=None)
+            error = float(np.sum((columns @ found - target) ** 2))
             if error < least * (1 - 1e-9) and (found >= 0).all():
                 best, least = np.zeros(SIZE), error
                 best[list(chosen)] = found / scale[list(chosen)]
