@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.blocks import BlockPool, block_hash, blocks_for
 from scheduler.models import BLOCK_TOKENS
@@ -64,8 +64,7 @@ class Sequence:
         return self.names[:count]
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Tokens [start, end) of a sequence, computed in one step, and a draft of those after them."""
 
     sequence: Sequence
@@ -215,9 +214,12 @@ class Batcher:
     def _decodes(self) -> list[Slice]:
         """One slice for each running sequence that has one token to compute."""
         slices: list[Slice] = []
+        before = self.preempted
         for sequence in list(self.running):
-            if sequence.remaining != 1 or sequence not in self.running:
-                continue  # still a prompt, or preempted just now for an older one
+            if sequence.remaining != 1:
+                continue  # still a prompt
+            if self.preempted != before and sequence not in self.running:
+                continue  # preempted just now for an older one
             if len(slices) == self.max_step_tokens:
                 break
             if self._grow(sequence):

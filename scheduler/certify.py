@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import NormalDist, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from scheduler.messages import Role
 from scheduler.planner import make_plan
 from scheduler.simulate import simulate
+from scheduler.simulate_coarse import simulate_coarse
 from scheduler.simulate_load import draw, parse_process
 from scheduler.simulate_plan import plan_workers
 from scheduler.simulate_report import Interval, interval
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from scheduler.capacity import Slo
     from scheduler.plan import Plan
     from scheduler.planner_columns import Built
     from scheduler.problem import Column, Problem
     from scheduler.service_file import Demand, Service
-    from scheduler.simulate_spec import WorkerSpec
+    from scheduler.simulate_spec import Outcome, WorkerSpec
     from scheduler.workload import Arrival
 
 SEEDS = 5  # runs of a process; all that is promised rests on their mean and spread
@@ -38,6 +40,7 @@ SURE = 0.95  # that a fresh run attains the target too
 SECONDS, LEAST, MOST = 150.0, 1500, 8000  # of a run; requests of one, at least and at most
 WARM_UP = 0.2  # of a run's requests find the cluster emptier than it will be: not counted
 ROUNDS = 16
+COARSE_ERROR = 0.05  # of the fast simulation, which is asked first
 STEPS = (1.05, 1.3)  # by which capacity becomes less in a round: about half of what is lacking
 
 
@@ -78,6 +81,14 @@ class Shares:
     tpot: float
 
 
+class Simulate(Protocol):
+    """`simulate`, or its fast form."""
+
+    def __call__(
+        self, workers: Sequence[WorkerSpec], requests: Sequence[Arrival], *, slo: Slo
+    ) -> Outcome: ...
+
+
 class Certifier:
     """`draws(seed)` gives a generator: the same for the same seed."""
 
@@ -102,11 +113,7 @@ class Certifier:
             if plan.shed:
                 reason = "it sheds load" if number == 1 else "the limits leave no room to tighten"
                 break
-            runs = self.simulate(plan, range(1))
-            failing = [name for name, shares in runs.items() if not self._holds(name, shares)]
-            if not failing:
-                runs = self.simulate(plan, range(SEEDS))
-                failing = [name for name, shares in runs.items() if not self._holds(name, shares)]
+            runs, failing = self._tried(plan)
             if not failing:
                 return plan, self._told(plan, first, runs, number, start)
             plan = self._tighter(plan, tightened, {name: runs[name] for name in failing})
@@ -115,24 +122,51 @@ class Certifier:
         told = self._told(first, first, self.simulate(first, range(1)), number, start)
         return first, msgspec.structs.replace(told, certified=False, reason=reason)
 
-    def simulate(self, plan: Plan, seeds: Sequence[int]) -> dict[str, dict[str, list[Shares]]]:
+    def _tried(self, plan: Plan) -> tuple[dict[str, dict[str, list[Shares]]], list[str]]:
+        """Runs by model and process, and the models that they say no to, as soon as some do."""
+        runs = self.simulate(plan, range(1), coarse=True)
+        failing = [name for name, shares in runs.items() if self._far_off(name, shares)]
+        for seeds in (range(1), range(SEEDS)):
+            if not failing:
+                runs = self.simulate(plan, seeds)
+                failing = [name for name, shares in runs.items() if not self._holds(name, shares)]
+        return runs, failing
+
+    def _far_off(self, model: str, runs: dict[str, list[Shares]]) -> bool:
+        """Whether the fast simulation says no, beyond its own error."""
+        share = self._demand(model).slo.share - COARSE_ERROR
+        return any(each.both < share for shares in runs.values() for each in shares)
+
+    def simulate(
+        self, plan: Plan, seeds: Sequence[int], *, coarse: bool = False
+    ) -> dict[str, dict[str, list[Shares]]]:
         """By model and process, a run for each seed."""
+        run = simulate_coarse if coarse else simulate
         workers = plan_workers(self.service, self.built, plan.replicas)
         return {
             demand.name: {
-                process: [self._run(demand, process, workers[demand.name], seed) for seed in seeds]
+                process: [
+                    self._run(demand, process, workers[demand.name], seed, run) for seed in seeds
+                ]
                 for process in processes(self.service, demand)
             }
             for demand in self.service.demands
             if workers[demand.name]
         }
 
-    def _run(self, demand: Demand, process: str, workers: list[WorkerSpec], seed: int) -> Shares:
+    def _run(
+        self,
+        demand: Demand,
+        process: str,
+        workers: list[WorkerSpec],
+        seed: int,
+        simulated: Simulate,
+    ) -> Shares:
         generator = self._draws(seed)
         sizes = _from(demand.workload.sizes, generator)
         count, rate = requests_of(demand, process), demand.workload.rate
         load = draw(sizes, parse_process(process), generator, count=count, rate=rate)
-        outcome = simulate(workers, load)
+        outcome = simulated(workers, load, slo=demand.slo)
         settled = slice(int(count * WARM_UP), None)
         early = outcome.ttft[settled] <= demand.slo.ttft_ms / 1e3
         steady = outcome.tpot[settled] <= demand.slo.tpot_ms / 1e3

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from scheduler.lifecycle import Deliver, End, Generation, Place, Send
 from scheduler.messages import Failed, FailureKind, FinishReason, Output, Submit
 from scheduler.request import Job, Limits, Prompt, Sampling
 from scheduler.routing import priced
-from scheduler.simulate_engine import Simulated, Told, Worker
+from scheduler.simulate_engine import PreemptedUnnamed, Simulated, Told, Worker
 from scheduler.simulate_router import Placed, Router
 from scheduler.simulate_spec import Outcome, Timing, check_requests, check_workers
 
@@ -53,7 +54,12 @@ def simulate(
     """
     check_workers(workers)
     check_requests(requests)
-    return Simulation(workers, requests, timing or Timing(), policy, slo).run()
+    timing = timing or Timing()
+    if not any(request.prefix for request in requests):
+        # Nobody finds another's blocks: only one that is preempted would find its own.
+        with suppress(PreemptedUnnamed):
+            return Simulation(workers, requests, timing, policy, slo, named=False).run()
+    return Simulation(workers, requests, timing, policy, slo).run()
 
 
 @dataclass(eq=False, slots=True)
@@ -76,12 +82,15 @@ class Simulation:
         timing: Timing,
         policy: Policy = priced,
         slo: Slo | None = None,
+        *,
+        named: bool = True,
     ) -> None:
         told = Told(self._first_token, self._finished, self._granted, self._held)
         self.workers = [Worker(n, spec, told, self._ask) for n, spec in enumerate(workers)]
         self._router = Router(workers, policy, slo, timing.overlap, self._emitted)
         self._requests = requests
         self._timing = timing
+        self._named = named  # each block, as far as it is full
         self._live: dict[int, Live] = {}
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
@@ -210,7 +219,7 @@ class Simulation:
             prompt_len=request.input,
             max_tokens=request.output,
             prefix=request.prefix,
-            own=live.number.to_bytes(8, "little"),
+            own=live.number.to_bytes(8, "little") if self._named else b"",
             number=live.number,
         )
 

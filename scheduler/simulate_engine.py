@@ -26,11 +26,16 @@ PREFIX_BLOCKS = 512 // BLOCK_TOKENS  # blocks of one prefix id: Mooncake's trace
 _NUMBERS = [number.to_bytes(4, "little") for number in range(1 << 14)]
 
 
+class PreemptedUnnamed(Exception):
+    """What is computed anew depends on the names of blocks: simulate it all with names."""
+
+
 @dataclass(eq=False, slots=True)
 class Simulated(Sequence):
     """A sequence whose tokens are only counted, and whose blocks are named without hashing.
 
-    `prefix` as in `workload.Arrival`; `own` names what follows, which nobody shares.
+    `prefix` as in `workload.Arrival`; `own` names what follows,
+    which only it itself finds again, after a preemption. Without it there are no names.
     """
 
     prefix: tuple[int, ...] = ()
@@ -40,6 +45,8 @@ class Simulated(Sequence):
 
     def block_names(self, count: int) -> list[bytes]:
         names = self.names
+        if not self.own:
+            return names
         for index in range(len(names), count):
             piece = index // PREFIX_BLOCKS
             if piece < len(self.prefix) and (index + 1) * BLOCK_TOKENS <= self.prompt_len:
@@ -90,6 +97,17 @@ class Batch(Batcher):
             first = computed // BLOCK_TOKENS
             if first != (computed + steps) // BLOCK_TOKENS:
                 self._name(sequence, first)
+
+    def _name(self, sequence: Sequence, first: int) -> None:
+        assert isinstance(sequence, Simulated), "all are"
+        if sequence.own:
+            super()._name(sequence, first)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert isinstance(sequence, Simulated), "all are"
+        if not sequence.own:
+            raise PreemptedUnnamed
+        super()._preempt(sequence)
 
     def _may_admit(self) -> bool:
         """Whether the next of those waiting gets in, or looks at cached blocks in trying to."""
@@ -247,7 +265,7 @@ class Worker:
         if pace.bound_s is not None:
             for number in range(steps):
                 pace.learn(len(running), 0, self._first + number * self._growth)
-        for sequence in [s for s in running if s.position >= s.max_tokens]:
+        for sequence in [s for s in running if len(s.tokens) - s.prompt_len >= s.max_tokens]:
             assert isinstance(sequence, Simulated), "all are"
             self.batch.remove(sequence)
             self._told.finished(sequence, now)
@@ -270,8 +288,9 @@ class Worker:
 
     def _give(self, sequence: Simulated, now: float) -> None:
         """It draws a token: the first one is told, and the last one."""
-        sequence.tokens.append(0)
-        position = sequence.position
+        tokens = sequence.tokens
+        tokens.append(0)
+        position = len(tokens) - sequence.prompt_len
         if position == 1:
             self._told.token(sequence, now)
         if position >= sequence.max_tokens:

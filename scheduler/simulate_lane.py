@@ -1,8 +1,8 @@
 """A worker in closed form: what its batch does between two changes, in one sum.
 
 Continuous batching with chunked prefill as in `scheduler/batching`, but in lumps: all pieces of a
-prompt beside those who decode, or all steps until somebody's last one. A prompt that follows another
-begins in the same step. Blocks are counted as tokens, and nobody is preempted.
+prompt beside those who decode, or all steps until somebody's last one. A prompt that follows
+another begins in the same step. Blocks are counted as tokens, and nobody is preempted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def steps_to_cover(wait: float, first: float, growth: float) -> int:
-    """The fewest steps n with n·first + growth·n(n-1)/2 ≥ wait, at least 1, but for rounding."""
+    """About the fewest steps n with n·first + growth·n(n-1)/2 ≥ wait, at least 1."""
     if growth == 0:
         return max(1, math.ceil(wait / first))
     half = first - growth / 2
@@ -27,13 +27,15 @@ def steps_to_cover(wait: float, first: float, growth: float) -> int:
 
 
 class Prompt(NamedTuple):
+    """`output` tokens are drawn here: 1 where another worker goes on."""
+
     request: int
     tokens: int
     output: int
 
 
-class Ended(NamedTuple):
-    """What `advance` tells of a request: its first token, its last one, or both at once."""
+class Said(NamedTuple):
+    """A request's first token, its last one here, or both at once."""
 
     request: int
     at: float
@@ -42,173 +44,184 @@ class Ended(NamedTuple):
 
 
 class Lane:
-    """One worker. `due`: before then no request begins or ends to decode, as things stand."""
+    """One worker. `due`: when the next request begins to decode, or ends, as things stand."""
 
     __slots__ = (
         "_arriving",
         "_carry",
-        "_chunk",
         "_left",
-        "_queue",
         "_running",
-        "_step",
+        "_spec",
         "busy",
         "context",
         "cost",
         "due",
-        "kv_tokens",
         "now",
-        "places",
+        "promised",
+        "queue",
         "queued",
+        "reserved",
+        "step",
     )
 
     def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
         self.cost = spec.cost
-        self.kv_tokens = spec.kv_tokens
-        self.places = spec.max_sequences
-        self._chunk = spec.max_step_tokens
         self.now = 0.0
         self.busy = 0.0
-        self.context = 0  # tokens of those who decode
-        self.queued = 0  # prompt tokens that are not computed
         self.due = math.inf
-        self._step = 0
+        self.context = 0  # tokens of those who decode
+        self.queue: deque[Prompt] = deque()
+        self.queued = 0  # prompt tokens that are not computed
+        self.step = 0  # how many have run
+        self.promised = 0  # requests that will arrive
+        self.reserved = 0  # tokens of these
         self._carry = 0.0  # of a step that prompts have filled in part
-        self._running: list[tuple[int, int, int]] = []  # heap: its last step, request, tokens then
-        self._queue: deque[Prompt] = deque()
+        self._running: list[tuple[int, int, int]] = []  # heap: last step, request, tokens then
         self._left = 0  # tokens of the prompt at the head; 0: it has not begun
         self._arriving: list[tuple[float, int, int, int]] = []  # heap: when, request, tokens, steps
 
     @property
-    def running(self) -> int:
-        """Who decodes here, or will."""
-        return len(self._running) + len(self._queue) + len(self._arriving)
+    def step_s(self) -> float:
+        """Seconds of a step of those who decode now; 0 if there are none."""
+        batch = len(self._running)
+        return self.cost.decode_step_s(batch, self.context) if batch else 0.0
 
-    def add(self, prompt: Prompt, now: float) -> list[Ended]:
-        """Compute it here, and decode it unless its output is one token."""
-        told = self.advance(now)
-        self._queue.append(prompt)
+    def add(self, prompt: Prompt, now: float) -> list[Said]:
+        """A prompt comes: after the step that is running."""
+        said = self.advance(now)
+        self.queue.append(prompt)
         self.queued += prompt.tokens
-        self.due = 0.0
-        return told
+        self._set_due()
+        return said
+
+    def reserve(self, tokens: int) -> bool:
+        """Keep a place and blocks for a request that will arrive. False: there are none now."""
+        if not self._fits(tokens):
+            return False
+        self.promised += 1
+        self.reserved += tokens
+        return True
 
     def arrive(self, request: int, tokens: int, output: int, at: float) -> None:
-        """From then on decode what another worker began: `tokens` is its prompt."""
+        """From then on decode what was reserved for: `tokens` is the prompt."""
         heapq.heappush(self._arriving, (at, request, tokens, output - 1))
-        self.due = min(self.due, at)
+        self._set_due()
 
-    def advance(self, until: float) -> list[Ended]:
+    def advance(self, until: float) -> list[Said]:
         """Everything that is over by then."""
-        told: list[Ended] = []
+        said: list[Said] = []
         while self.now < until:
             self._take_in()
             if self._admitted():
-                if not self._prefill(until, told):
-                    return told
+                if not self._prefill(until, said):
+                    break
             elif self._running:
-                self._decode(until, told)
+                self._decode(until, said)
             elif self._arriving:
                 self.now = max(self.now, min(until, self._arriving[0][0]))
             else:
                 self.now = until
+        self._take_in()
         self._set_due()
-        return told
-
-    def finish(self) -> list[Ended]:
-        """Everything that is left."""
-        told: list[Ended] = []
-        while self._running or self._queue or self._arriving:
-            told += self.advance(max(self.now, self.due) + 3600.0)
-        return told
+        return said
 
     def _take_in(self) -> None:
         arriving = self._arriving
-        while arriving and arriving[0][0] <= self.now and self._fits(arriving[0][2]):
+        while arriving and arriving[0][0] <= self.now:
             _, request, tokens, steps = heapq.heappop(arriving)
+            self.promised -= 1
+            self.reserved -= tokens
             self._begin(request, tokens + 1, steps)
 
     def _begin(self, request: int, tokens: int, steps: int) -> None:
-        heapq.heappush(self._running, (self._step + steps, request, tokens + steps))
+        last = self.step + steps
+        heapq.heappush(self._running, (last, request, tokens + steps))
         self.context += tokens
 
-    def _admitted(self) -> bool:
-        """Whether the prompt at the head is computed now; an empty worker takes any."""
-        if not self._queue or self._left:
-            return bool(self._queue)
-        if not self._fits(self._queue[0].tokens):
-            return False
-        self._left = self._queue[0].tokens
-        return True
-
     def _fits(self, tokens: int) -> bool:
-        running = len(self._running)
-        room = running < self.places and self.context + tokens <= self.kv_tokens
-        return room or not running
-
-    def _prefill(self, until: float, told: list[Ended]) -> bool:
-        """Its pieces up to the next change; False if that is later than `until`."""
-        cost, batch, prompt = self.cost, len(self._running), self._queue[0]
-        room = max(1, self._chunk - batch)
-        left = self._left
-        pieces = left / room if len(self._queue) > 1 else -(-left // room)
-        if batch and self._running[0][0] - self._step < pieces:
-            pieces = max(1, self._running[0][0] - self._step)
-        tokens = min(left, math.ceil(pieces * room))
-        done = prompt.tokens - left
-        first = cost.step + cost.sequence * batch + cost.context * self.context
-        seconds = (
-            pieces * first
-            + cost.context * batch * pieces * (pieces - 1) / 2
-            + cost.token * tokens
-            + cost.attend * context_sum(done, done + tokens)
+        """Whether there are places and blocks; an empty worker takes any."""
+        held, spec = len(self._running) + self.promised, self._spec
+        return not held or (
+            held < spec.max_sequences and self.context + self.reserved + tokens <= spec.kv_tokens
         )
+
+    def _admitted(self) -> bool:
+        """Whether the prompt at the head is computed now."""
+        if self.queue and not self._left and self._fits(self.queue[0].tokens):
+            self._left = self.queue[0].tokens
+        return self._left > 0
+
+    def _lump(self) -> tuple[float, float, int]:
+        """Of the prompt at the head up to the next change: steps, seconds, tokens."""
+        cost, running, left = self.cost, self._running, self._left
+        batch = len(running)
+        room = max(1, self._spec.max_step_tokens - batch)
+        # The last piece shares its step with the next prompt, if there is one.
+        pieces = left / room if len(self.queue) > 1 else float(-(-left // room))
+        if batch and running[0][0] - self.step < pieces:
+            pieces = float(max(1, running[0][0] - self.step))
+        tokens = min(left, math.ceil(pieces * room))
+        done = self.queue[0].tokens - left
+        first = cost.step + cost.sequence * batch + cost.context * self.context
+        seconds = pieces * first + cost.token * tokens
+        seconds += cost.attend * context_sum(done, done + tokens)
+        seconds += cost.context * batch * pieces * max(0.0, pieces - 1) / 2
+        return pieces, seconds, tokens
+
+    def _prefill(self, until: float, said: list[Said]) -> bool:
+        """One lump; False if it ends later than `until`."""
+        pieces, seconds, tokens = self._lump()
         if self.now + seconds > until:
-            self.due = self.now + seconds
             return False
         whole, self._carry = divmod(self._carry + pieces, 1.0)
         self._pass(seconds, int(whole))
         self._left -= tokens
         self.queued -= tokens
         if not self._left:
-            self._queue.popleft()
-            told.append(Ended(prompt.request, self.now, True, prompt.output == 1))
+            prompt = self.queue.popleft()
+            said.append(Said(prompt.request, self.now, True, prompt.output == 1))
             if prompt.output > 1:
                 self._begin(prompt.request, prompt.tokens + 1, prompt.output - 1)
-        self._release(told)
+        self._release(said)
         return True
 
-    def _decode(self, until: float, told: list[Ended]) -> None:
-        """Steps until one is somebody's last, or until a request arrives."""
+    def _run(self) -> tuple[int, float, float, float]:
+        """All steps until somebody's last one: how many, seconds, of the first, growth of each."""
         cost, batch = self.cost, len(self._running)
         first = cost.step + cost.sequence * batch + cost.context * self.context
         growth = cost.context * batch
-        steps = self._running[0][0] - self._step
-        wait = (min(until, self._arriving[0][0]) if self._arriving else until) - self.now
-        if steps * first + growth * (steps * (steps - 1) / 2) > wait:
-            steps = min(steps, steps_to_cover(wait, first, growth))
-        self._pass(steps * first + growth * (steps * (steps - 1) / 2), steps)
-        self._release(told)
+        steps = self._running[0][0] - self.step
+        return steps, steps * first + growth * (steps * (steps - 1) / 2), first, growth
+
+    def _decode(self, until: float, said: list[Said]) -> None:
+        """Steps until somebody's last one, until a request arrives, or until `until` is over."""
+        steps, seconds, first, growth = self._run()
+        if self._arriving:
+            until = min(until, self._arriving[0][0])
+        if self.now + seconds > until:
+            steps = min(steps, steps_to_cover(until - self.now, first, growth))
+            seconds = steps * first + growth * (steps * (steps - 1) / 2)
+        self._pass(seconds, steps)
+        self._release(said)
 
     def _pass(self, seconds: float, steps: int) -> None:
         self.now += seconds
         self.busy += seconds
-        self._step += steps
+        self.step += steps
         self.context += steps * len(self._running)
 
-    def _release(self, told: list[Ended]) -> None:
+    def _release(self, said: list[Said]) -> None:
         running = self._running
-        while running and running[0][0] <= self._step:
+        while running and running[0][0] <= self.step:
             last, request, tokens = heapq.heappop(running)
-            self.context -= tokens + self._step - last
-            told.append(Ended(request, self.now, False, True))
+            self.context -= tokens + self.step - last
+            said.append(Said(request, self.now, False, True))
 
     def _set_due(self) -> None:
-        """When the next one ends, if nothing else happens."""
-        cost, batch = self.cost, len(self._running)
-        self.due = self._arriving[0][0] if self._arriving else math.inf
-        if self._queue:
-            self.due = min(self.due, self.now)
-        elif batch:
-            steps = self._running[0][0] - self._step
-            first = cost.step + cost.sequence * batch + cost.context * self.context
-            self.due = min(self.due, self.now + steps * first)
+        if self._left or (self.queue and self._admitted()):
+            self.due = self.now + self._lump()[1]
+            return
+        self.due = self.now + self._run()[1] if self._running else math.inf
+        if self._arriving:
+            self.due = min(self.due, self._arriving[0][0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from scheduler.batching import Batcher, Sequence
 from scheduler.blocks import BlockPool
+from scheduler.capacity import Slo
 from scheduler.cost import CostModel, StepShape
 from scheduler.errors import SetupError, Unavailable
 from scheduler.messages import Role
@@ -16,11 +19,12 @@ from scheduler.policies import POLICIES
 from scheduler.request import Job, Limits, Prompt, Sampling
 from scheduler.routing import priced
 from scheduler.simulate import Simulation, simulate
+from scheduler.simulate_coarse import simulate_coarse
 from scheduler.simulate_engine import Batch
 from scheduler.simulate_load import Process, draw, parse_process
 from scheduler.simulate_router import Router
 from scheduler.simulate_spec import Timing, WorkerSpec
-from scheduler.workload import Arrival, dispersion
+from scheduler.workload import Arrival, dispersion, read_trace
 
 COST = CostModel(0.02, 2e-4, 2e-8, 2e-4, 2e-7, "assumed", kv_token_bytes=1e5)
 INSTANT = Timing(network_s=0.0, tokenise_s=0.0)
@@ -255,6 +259,66 @@ def test_a_policy_may_refuse():
 def test_what_cannot_be_simulated_is_named(workers, load, said):
     with pytest.raises(SetupError, match=said):
         simulate(workers, load)
+
+
+# ── the fast form ───────────────────────────────────────────────────────────────────────────────
+
+SLO = Slo(ttft_ms=1200, tpot_ms=60)
+SLOWER = [WorkerSpec(f"s{at}", Role.MIXED, COST.slower(2), 60_000) for at in range(3)]
+POOLS = {
+    "mixed": ([worker(f"m{at}", kv_tokens=60_000) for at in range(4)], (2.0, 4.0, 5.5)),
+    "split": (
+        [worker(f"p{at}", Role.PREFILL, kv_tokens=60_000) for at in range(2)]
+        + [worker(f"d{at}", Role.DECODE, kv_tokens=60_000) for at in range(2)],
+        (1.0, 3.0),
+    ),
+    "unlike": ([worker("m0", kv_tokens=60_000), *SLOWER], (1.0, 2.0)),
+}
+
+
+def conversation(rate: float, seed: int, count: int = 1500) -> list[Arrival]:
+    sizes = read_trace(Path(__file__).parents[2] / "loadtest/traces/azure2023_conv_0_1200s.csv")
+    return draw(sizes, Process(), np.random.default_rng(seed), count=count, rate=rate)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_fast_form_attains_what_the_steps_do_within_two_points(pool):
+    workers, rates = POOLS[pool]
+    for rate in rates:
+        load = conversation(rate, seed=int(rate))
+        met = [
+            run(workers, load, slo=SLO).met(SLO.ttft_ms / 1e3, SLO.tpot_ms / 1e3).mean()
+            for run in (simulate, simulate_coarse)
+        ]
+        assert met[1] == pytest.approx(met[0], abs=0.02), rate
+        assert met[0] > 0.75, "the comparison is of a load that is served"
+
+
+@pytest.mark.parametrize("workers", [MIXED, SPLIT, [*MIXED, *SPLIT]], ids=["mixed", "split", "all"])
+def test_the_fast_form_ends_every_request_too(workers):
+    tight = [worker(each.name, each.role, kv_tokens=2000) for each in workers]
+    outcome = simulate_coarse(tight, requests(300, 20.0, most=3000))
+    np.testing.assert_array_equal(np.isnan(outcome.last), outcome.refused)
+    served = ~outcome.refused
+    assert served.any()
+    assert (outcome.first[served] > outcome.at[served]).all()
+    assert (outcome.last[served] >= outcome.first[served]).all()
+    again = simulate_coarse(tight, requests(300, 20.0, most=3000))
+    np.testing.assert_array_equal(outcome.last, again.last)
+
+
+def test_the_fast_form_times_one_request_as_the_steps_do():
+    load = [Arrival(1.0, 900, 11)]
+    fast, steps = simulate_coarse(MIXED[:1], load), simulate(MIXED[:1], load)
+    assert fast.ttft[0] == pytest.approx(steps.ttft[0])
+    assert fast.tpot[0] == pytest.approx(steps.tpot[0])
+
+
+def test_hundreds_of_workers_share_the_load_by_samples():
+    workers = [worker(f"m{at}", kv_tokens=60_000) for at in range(200)]
+    outcome = simulate_coarse(workers, conversation(200.0, seed=1), slo=SLO)
+    assert outcome.met(SLO.ttft_ms / 1e3, SLO.tpot_ms / 1e3).mean() > 0.95
+    assert np.bincount(outcome.decoded, minlength=200).max() < 40
 
 
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
