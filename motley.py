@@ -19,6 +19,9 @@ from scheduler.plan_command import add_arguments as add_plan_arguments
 from scheduler.policies import POLICIES
 from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
 from scheduler.simulate_command import add_arguments as add_simulate_arguments
+from workers.group.plan_command import EXAMPLES as GROUP_PLAN_EXAMPLES
+from workers.group.plan_command import add_arguments as add_group_plan_arguments
+from workers.group.units import SIZES, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -31,7 +34,6 @@ logger = logging.getLogger("motley")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HTTP_PORT, CLUSTER_PORT = 8000, 8100
 MAX_PORT = 65535
-SIZES = {"MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
 
 SERVE_EXAMPLES = """\
 MODEL is a known name (smollm2), a GGUF file, a folder of safetensors, or a Hugging Face repository
@@ -238,6 +240,13 @@ def _simulate(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _group_plan(options: argparse.Namespace) -> None:
+    """Shares of a model for unlike machines, what a token takes, and whom to leave out."""
+    from workers.group.plan_command import run
+
+    run(options)
+
+
 def _secret(options: argparse.Namespace) -> None:
     """Print what workers on other machines need."""
     from serving.secret import cluster_secret
@@ -279,6 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     _worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
     add_simulate_arguments(_command(commands, "simulate", _simulate, SIMULATE_EXAMPLES))
+    groups = commands.add_parser("group", help="Plan a group of machines that share one model.")
+    of_groups = groups.add_subparsers(required=True, metavar="COMMAND")
+    add_group_plan_arguments(_command(of_groups, "plan", _group_plan, GROUP_PLAN_EXAMPLES))
     _command(commands, "secret", _secret, "example:\n  motley secret\n")
     commands.add_parser("bench", help="Measure an OpenAI endpoint: load test, search, report.")
     return parser
@@ -466,10 +478,10 @@ def _count(text: str) -> int:
 
 
 def size(text: str) -> int:
-    number, unit = text.rstrip("GMKiB"), text[len(text.rstrip("GMKiB")) :]
-    if unit not in SIZES or not number.replace(".", "", 1).isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 500MB, 3GB or 2GiB")
-    return int(float(number) * SIZES[unit])
+    try:
+        return int(quantity(text, SIZES))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _sizes(text: str) -> tuple[int, ...]:

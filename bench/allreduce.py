@@ -27,9 +27,10 @@ from link_emulator import LinkEmulator
 from rich.console import Console
 from rich.table import Table
 
-from workers.group.allreduce import ALGORITHMS, Mesh, predicted_s
+from workers.group.allreduce import ALGORITHMS, Mesh
 from workers.group.formation import connect
 from workers.group.links import listener
+from workers.group.sum_cost import predicted_s
 from workers.group.words import Peer
 
 if TYPE_CHECKING:

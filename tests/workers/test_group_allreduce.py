@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from scheduler.errors import ProtocolError
-from workers.group.allreduce import ALGORITHMS, fastest, predicted_s
+from workers.group.allreduce import ALGORITHMS
 from workers.group.formation import connect
 from workers.group.links import accept, dial, listener
+from workers.group.sum_cost import fastest, predicted_s
 from workers.group.ways import ALWAYS, Combine, measure, rehearse
 from workers.group.words import Peer, Use
 

@@ -1,13 +1,13 @@
 """Sums over the ranks of a group: one interface, several ways through the network.
 
 Every rank gives a part and gets the whole, in place. Whichever way is taken, all ranks end with the
-same bits: a sum is made once and copied, or made by everybody in the order of ranks. Times with N
-ranks, Z bytes, one-way latency a and a link of rate β (one transfer at a time on each rank):
+same bits: a sum is made once and copied, or made by everybody in the order of ranks. What each
+way costs is in workers.group.sum_cost.
 
-    star      2a + 2(N-1)·Z/β     through rank 0: few connections, one hub (TPI-LLM, §3.2)
-    direct     a +  (N-1)·Z/β     everybody to everybody: one hop
-    two-shot  2a + 2(N-1)/N·Z/β   reduce-scatter, then all-gather, both direct
-    ring      2(N-1)·a + 2(N-1)/N·Z/β   neighbours only
+    star      through rank 0: few connections, one hub (TPI-LLM, §3.2)
+    direct    everybody to everybody: one hop
+    two-shot  reduce-scatter, then all-gather, both direct
+    ring      neighbours only
 """
 
 from __future__ import annotations
@@ -119,19 +119,6 @@ ALGORITHMS: dict[str, Allreduce] = {
     "two-shot": two_shot,
     "ring": ring,
 }
-
-
-def predicted_s(name: str, ranks: int, size: int, latency_s: float, bytes_per_s: float) -> float:
-    """Seconds of one sum of `size` bytes; the formulas at the top."""
-    others, wire = ranks - 1, size / bytes_per_s
-    hops = {"star": 2, "direct": 1, "two-shot": 2, "ring": 2 * others}[name]
-    volume = {"star": 2 * others, "direct": others}.get(name, 2 * others / ranks)
-    return hops * latency_s + volume * wire
-
-
-def fastest(ranks: int, size: int, latency_s: float, bytes_per_s: float) -> str:
-    """The way that the formulas say is the fastest; of equals the earlier in ALGORITHMS."""
-    return min(ALGORITHMS, key=lambda name: predicted_s(name, ranks, size, latency_s, bytes_per_s))
 
 
 def _sum(rows: Array, out: Array) -> None:

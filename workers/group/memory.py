@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workers.weights.families import LM_HEAD
+
 if TYPE_CHECKING:
     from scheduler.models import ModelShape
 
 SPARE = 24 << 20  # the interpreter's growth, sockets' buffers, a step's lists
+AHEAD = 3  # of the largest streamed weights, the ring that they pass through holds so many
 DRAWN_ROWS = 64  # rows of logits that are ever wanted at once
 
 
@@ -32,3 +35,11 @@ def step_bytes(shape: ModelShape, rows: int) -> int:
     floats = 5 * shape.hidden + shape.head_dim + qkv + heads + 2 * shape.ffn  # 2 to receive x
     acts = 3 * (shape.hidden + heads + shape.ffn) // 2  # 48 bytes for 32 columns
     return rows * (4 * floats + acts) + 8 * DRAWN_ROWS * shape.vocab + SPARE
+
+
+def streamable(name: str, dims: tuple[int, ...]) -> bool:
+    """Not what is small, nor the head, which more than one program reads, nor experts.
+
+    An operation reads all experts that its rows chose, and only the weight needed last is there.
+    """
+    return len(dims) > 1 and name != LM_HEAD and ".experts." not in name

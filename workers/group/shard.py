@@ -9,9 +9,9 @@ import numpy as np
 from kernels.program import Matrix
 from scheduler.errors import SetupError
 from workers.fast_model import FastModel
-from workers.group.shard_file import DATA, Entry, Manifest
+from workers.group.memory import streamable
+from workers.group.shard_file import DATA, Manifest
 from workers.group.stream import Stream, choose_streamed, load, ring_bytes
-from workers.weights.families import LM_HEAD
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +32,8 @@ class Shard:
         self.shape = manifest.shape
         self._path = folder / DATA
         self._entries = {entry.name: entry for entry in manifest.entries}
-        streamable = [entry for entry in manifest.entries if _streamable(entry)]
-        sizes = [entry.padded for entry in streamable]
+        may_pass = [entry for entry in manifest.entries if streamable(entry.name, entry.dims)]
+        sizes = [entry.padded for entry in may_pass]
         fixed = sum(entry.padded for entry in manifest.entries) - sum(sizes)
         try:
             chosen = choose_streamed(sizes, budget - fixed)
@@ -44,7 +44,7 @@ class Shard:
                 f"{(missing >> 20) + 1} MiB too little: raise the cap, lower --kv-tokens, or add a "
                 "rank"
             ) from None
-        streamed = [streamable[index] for index in chosen]
+        streamed = [may_pass[index] for index in chosen]
         self._numbers = {entry.name: number for number, entry in enumerate(streamed)}
         self.streamed_bytes = sum(entry.padded for entry in streamed)
         self.total_bytes = fixed + sum(sizes)
@@ -96,11 +96,3 @@ class ShardModel(FastModel):
         if stream and number is not None:
             self.program.call(lambda rows: stream.need(number))
         return matrix
-
-
-def _streamable(entry: Entry) -> bool:
-    """Not what is small, nor the head, which more than one program reads, nor experts.
-
-    An operation reads all experts that its rows chose, and only the weight needed last is there.
-    """
-    return len(entry.dims) > 1 and entry.name != LM_HEAD and ".experts." not in entry.name

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workers.group.memory import AHEAD
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -28,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 600.0  # for one weight; a disk that takes longer is broken
 REQUEST = 8 << 20  # bytes of one read: more than 1 MiB saturates a disk
-AHEAD = 3  # of the largest streamed weights, the ring holds so many
 
 
 def choose_streamed(sizes: Sequence[int], budget: int) -> list[int]:
