@@ -58,7 +58,7 @@ class BuildKernels(build_ext):
             for name, flags in [*sets.items(), ("generic", [])]
         ]
         defined = [f"-DMOTLEY_{name.upper()}" for name in sets]
-        jobs += [(name + ".cpp", name, defined) for name in ("pool", "pack")]
+        jobs += [(name + ".cpp", name, defined) for name in ("pool", "pack", "kv_codec")]
         compiler = self.compiler.compiler_so_cxx[0]
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)

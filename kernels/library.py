@@ -231,4 +231,9 @@ def load() -> ctypes.CDLL:
     library.motley_pack.restype = None
     library.motley_unpack.argtypes = [POINTER(MatrixStruct), c_int32, c_int32, c_void_p]
     library.motley_unpack.restype = None
+    shape = [c_int32, c_int32, c_int32]
+    library.motley_kv_encode.argtypes = [c_int32, c_void_p, *shape, c_void_p, c_void_p, c_int64]
+    library.motley_kv_encode.restype = c_int64
+    library.motley_kv_decode.argtypes = [c_int32, c_void_p, c_int64, *shape, c_void_p]
+    library.motley_kv_decode.restype = c_int32
     return library

@@ -154,5 +154,13 @@ int64_t motley_packed_bytes(int32_t format, int32_t outputs, int32_t inputs);
 void motley_pack(int32_t format, int32_t outputs, int32_t inputs, const void* rows, void* packed);
 // Rows first .. first + count of a packed matrix as float32 [count, inputs].
 void motley_unpack(const Matrix* matrix, int32_t first, int32_t count, float* out);
+
+// KV [planes, tokens, channels], keys in even planes, as bytes: codec 8 or 4, of so many bits (for 4
+// a few more or less, as `fineness` of keys and of values says). Bytes written, or -1: no room.
+int64_t motley_kv_encode(int32_t codec, const float* in, int32_t planes, int32_t tokens,
+                         int32_t channels, const float* fineness, void* out, int64_t room);
+// And back: 0 if the bytes are not of that shape.
+int32_t motley_kv_decode(int32_t codec, const void* in, int64_t size, int32_t planes,
+                         int32_t tokens, int32_t channels, float* out);
 }
 #pragma GCC visibility pop
