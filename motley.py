@@ -151,6 +151,7 @@ def _worker(options: argparse.Namespace) -> None:
         secret=secret.encode(),
         listen_host=options.listen,
         advertise_host=options.advertise,
+        kv_codecs=options.kv_codecs,
     )
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
 
@@ -218,7 +219,7 @@ def _engine_options(options: argparse.Namespace, threads: int) -> EngineOptions:
 def _passed_on(options: argparse.Namespace) -> tuple[str, ...]:
     """What `motley serve` was told about each worker's engine, as arguments of `motley worker`."""
     words = ["--kv-tokens", str(options.kv_tokens), "--mode", options.mode]
-    words += ["--kv-dtype", options.kv_dtype]
+    words += ["--kv-dtype", options.kv_dtype, "--kv-codecs", ",".join(options.kv_codecs)]
     words += ["--quantize", options.quantize] if options.quantize else []
     words += ["--itl-bound-ms", str(options.itl_bound_ms)] if options.itl_bound_ms else []
     words += [] if options.speculate else ["--no-speculation"]
@@ -454,6 +455,14 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         help="of fast mode's KV cache; int8 halves its memory (default float16)",
     )
     command.add_argument(
+        "--kv-codecs",
+        type=_kv_codecs,
+        default=("raw", "int8"),
+        metavar="raw,int8,int4",
+        help="how a KV cache may travel, best quality first; a link gets the first one that keeps "
+        "up with prefill, and exact mode always raw (default raw,int8)",
+    )
+    command.add_argument(
         "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"
     )
     command.add_argument(
@@ -486,6 +495,13 @@ def size(text: str) -> int:
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(size(part) for part in text.split(","))
+
+
+def _kv_codecs(text: str) -> tuple[str, ...]:
+    codecs, known = tuple(text.split(",")), ("raw", "int8", "int4")
+    if unknown := set(codecs).difference(known):
+        raise argparse.ArgumentTypeError(f"{unknown.pop()!r} is none of {', '.join(known)}")
+    return codecs
 
 
 def _positive(text: str) -> int:

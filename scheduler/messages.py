@@ -300,6 +300,7 @@ class Reserved(Wire, frozen=True):
     id: str
     epoch: int
     checksum: str = ""  # of those that the sender knows; none: whole layers, unchecked, no Again
+    codecs: tuple[str, ...] = ()  # that it can unpack, besides raw
     memory: KvMemory | None = None  # where chunks may be put instead of sent
 
 
@@ -323,7 +324,7 @@ class KvBlocks(Wire, frozen=True):
     kv_heads: int
     head_dim: int
     dtype: str  # numpy's name: float32, float16
-    codec: str  # "raw"
+    codec: str  # raw, int8 or int4 (workers/kv_pack)
     first_token: int = 0
     slot: int | None = None  # of the shared memory: that is where the bytes are, and not here
     checksum: int | None = None  # of the payload and of all else here

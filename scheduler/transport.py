@@ -34,6 +34,7 @@ MAX_HEADER = 64 << 20  # a 16 MiB prompt as text, with room for its ids
 MAX_PAYLOAD = 64 << 30
 _HANDSHAKE_S = 10.0
 _READ = 1 << 18
+_DELIVERY_RATE = 160  # where Linux's tcp_info has tcpi_delivery_rate
 # A host that vanishes without a word is noticed in 10 s, by silence or by unacknowledged bytes.
 _VANISHED = (
     ("TCP_KEEPIDLE", 4),
@@ -86,6 +87,16 @@ class Connection:
         except OSError:
             return False
         return False
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second that the network takes from us, if the system measures it."""
+        if not hasattr(socket, "TCP_INFO"):
+            return None
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY_RATE + 8)
+        if len(info) < _DELIVERY_RATE + 8:
+            return None
+        return float(struct.unpack_from("=Q", info, _DELIVERY_RATE)[0]) or None
 
     async def send(self, message: Wire, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. The payload's memory must not change until this returns."""

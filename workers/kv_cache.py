@@ -43,6 +43,11 @@ class KvCache:
         return 2 * self._slots.shape[-1] * self.data.itemsize
 
     @property
+    def numbers(self) -> int:
+        """In one token's keys, or values, of one layer."""
+        return self.kv_heads * self.head_dim
+
+    @property
     def dtype(self) -> str:
         """numpy's name of the element type."""
         return self.data.dtype.name

@@ -28,6 +28,11 @@ class Link:
         self.bytes_sent = 0
         self._memory: PeerMemory | None = None
 
+    @property
+    def shares(self) -> bool:
+        """Whether it leads through memory."""
+        return self._memory is not None
+
     def share(self, place: KvMemory | None) -> None:
         """Use the memory that the decode worker offers, if we can."""
         if self._memory and self._memory.place == place:

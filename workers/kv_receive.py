@@ -8,8 +8,7 @@ from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from kernels.kv_rows import KV_TYPES
 from scheduler.errors import BadRequest, HandoffFailed, ProtocolError
 from scheduler.messages import (
     Again,
@@ -21,14 +20,14 @@ from scheduler.messages import (
     Reserved,
     Taken,
 )
-from workers.kv_memory import SLOTS, OwnMemory, host
-from workers.kv_wire import Checksum, common, intact, parts_of
+from workers.kv_arrival import Arrival
+from workers.kv_memory import OwnMemory, host
+from workers.kv_pack import known
+from workers.kv_wire import common, intact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from scheduler.batching import Sequence
-    from scheduler.messages import KvPart, Wire
+    from scheduler.messages import Wire
     from scheduler.transport import Connection
     from workers.engine import Key
     from workers.engine_loop import EngineLoop
@@ -37,89 +36,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Arrival:
-    """The KV of one prompt as it comes: what of it is here, and whole."""
-
-    def __init__(self, key: Key, cache: KvCache, blocks: list[int], tokens: int, kind: str) -> None:
-        self.key = key
-        self.bytes_received = 0
-        self.damaged = 0  # chunks
-        self._cache = cache
-        self._blocks = blocks
-        self._kind = kind  # of the checksums; empty: the sender knows none
-        self._whole = np.zeros((cache.layers, tokens), bool)
-
-    async def take(
-        self, connection: Connection, memory: OwnMemory | None, message: KvBlocks
-    ) -> None:
-        """Receive one chunk into its place. A damaged one is as good as none.
-
-        Raises ProtocolError if the sender cannot be asked again.
-        """
-        if reason := self._objection(message):
-            if not self._kind:
-                raise ProtocolError(reason)
-            self.damaged += 1
-            return  # its payload is skipped
-        layers = range(message.first_layer, message.first_layer + message.layers)
-        tokens = range(message.first_token, message.first_token + message.tokens)
-        place = self._whole[layers.start : layers.stop, tokens.start : tokens.stop]
-        place[:] = False
-        views = self._cache.views(self._blocks, tokens, layers)
-        checksum = Checksum(self._kind, message)
-        if memory and message.slot is not None:
-            memory.read(message.slot, views, checksum.see)
-        else:
-            await connection.receive_into(views)
-            for view in views:
-                checksum.see(view)
-        self.bytes_received += sum(view.nbytes for view in views)
-        place[:] = not self._kind or checksum.value == message.checksum
-        self.damaged += not place.all()
-
-    def completed(self, commit: Commit) -> bool:
-        """Whether this commit is whole, and so is all KV.
-
-        Raises ProtocolError if there is nothing to commit, or the sender cannot be asked again.
-        """
-        key = (commit.id, commit.epoch)
-        if self._kind and not (intact(commit) and key == self.key):
-            return False
-        whole = bool(self._whole.all())
-        if not commit.firsts or not (whole or self._kind):
-            raise ProtocolError("a commit without all layers, or without choices")
-        return whole
-
-    def missing(self) -> Iterator[KvPart]:
-        """What has not arrived whole."""
-        return parts_of(_gap(whole) for whole in self._whole)
-
-    def _objection(self, message: KvBlocks) -> str | None:
-        """Why this chunk has no place here, or None."""
-        cache, (layers, tokens) = self._cache, self._whole.shape
-        if (message.id, message.epoch) != self.key:
-            return f"KV of job {message.id} where {self.key[0]} was reserved"
-        ours = (cache.kv_heads, cache.head_dim, cache.dtype, "raw")
-        theirs = (message.kv_heads, message.head_dim, message.dtype, message.codec)
-        if theirs != ours:
-            return f"KV of {theirs} where {ours} was reserved"
-        if not self._kind and (message.first_token, message.tokens) != (0, tokens):
-            return f"KV of {message.tokens} tokens where {tokens} were reserved"
-        if message.slot not in (None, *range(SLOTS)):
-            return f"slot {message.slot} of {SLOTS}"
-        last_layer = message.first_layer + message.layers
-        last_token = message.first_token + message.tokens
-        if not 0 <= message.first_layer <= last_layer <= layers:
-            return f"layers up to {last_layer} where there are {layers}"
-        if not 0 <= message.first_token <= last_token <= tokens:
-            return f"tokens up to {last_token} where {tokens} were reserved"
-        return None
-
-
-def _gap(whole: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int, int]:
-    """The shortest range that covers all that is False."""
-    lacking = np.flatnonzero(~whole)
-    return (int(lacking[0]), int(lacking[-1]) + 1) if len(lacking) else (0, 0)
+def _model(fingerprint: str) -> str:
+    """A worker's fingerprint without the type of its KV, which we can convert."""
+    model, _, dtype = fingerprint.rpartition(":")
+    return model if dtype in KV_TYPES else fingerprint
 
 
 def _memory_for(reserve: Reserve) -> OwnMemory | None:
@@ -182,7 +102,7 @@ class KvReceiver:
         key = (job.id, job.epoch)
         if reserve.checksums and not intact(reserve):
             raise ProtocolError("a reservation was damaged on its way")
-        if reserve.fingerprint != self._fingerprint or job.prompt.ids is None:
+        if _model(reserve.fingerprint) != _model(self._fingerprint) or job.prompt.ids is None:
             raise HandoffFailed("the two workers do not run the same model and tokenizer")
         if key in self._cancelled:  # the router's word came sooner than the prefill worker's
             raise HandoffFailed("the request was cancelled")
@@ -194,8 +114,9 @@ class KvReceiver:
         resumed = False
         try:
             kind = common(reserve.checksums)
+            codecs = known() if kind else ()
             sequence = await self._grant(reserve, first)
-            await connection.send(Reserved(*key, kind, memory.place if memory else None))
+            await connection.send(Reserved(*key, kind, codecs, memory.place if memory else None))
             arrival = Arrival(key, self._cache, sequence.blocks, len(sequence.tokens), kind)
             async with asyncio.timeout(reserve.lease_s):
                 commit = await self._receive(connection, memory, first, arrival)
@@ -236,10 +157,10 @@ class KvReceiver:
         arrival: Arrival,
     ) -> Commit:
         """Chunks until all KV is there, then the Commit."""
-        message, _ = await first
+        message, payload = await first
         while True:
             if isinstance(message, KvBlocks):
-                await arrival.take(connection, memory, message)
+                await arrival.take(connection, memory, message, payload)
                 if message.slot is not None:
                     await connection.send(Taken(message.slot))
             elif isinstance(message, Commit):
@@ -248,4 +169,4 @@ class KvReceiver:
                 await connection.send(Again(*arrival.key, tuple(arrival.missing())))
             else:
                 raise ProtocolError(f"{type(message).__name__} in the middle of a hand-over")
-            message, _ = await connection.receive()
+            message, payload = await connection.receive()

@@ -15,8 +15,12 @@ dies, the other frees its blocks at once. Idle connections are kept for the next
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
 
 from scheduler.errors import HandoffFailed, ProtocolError
 from scheduler.messages import (
@@ -33,6 +37,7 @@ from scheduler.messages import (
 from scheduler.transport import dial
 from workers.kv_link import Link
 from workers.kv_memory import host
+from workers.kv_pack import LEAST_TOKENS, RAW, choose, pack
 from workers.kv_wire import CHECKSUMS, Limits, chunks, parts_of, seal
 
 if TYPE_CHECKING:
@@ -51,7 +56,10 @@ ROUNDS = 3  # commits before a peer that misses something each time is given up
 class Lease:
     """Blocks held at the decode worker for one job."""
 
-    def __init__(self, link: Link, job: Job, cache: KvCache, kind: str, limits: Limits) -> None:
+    def __init__(
+        self, link: Link, job: Job, cache: KvCache, kind: str, codec: str, limits: Limits
+    ) -> None:
+        self.made: float | None = None  # numbers per second that prefill made
         self.committed = False
         self.bytes_early = 0  # sent before the prompt was computed
         self._link = link
@@ -59,7 +67,9 @@ class Lease:
         self._job = job
         self._cache = cache
         self._kind = kind  # of the checksums; empty: the peer takes whole layers only
+        self._codec = codec
         self._limits = limits
+        self._begun: float | None = None
         self._sent = [0] * cache.layers  # tokens of each layer
         self._ready: Ready | None = None
         self._changed = asyncio.Event()
@@ -71,6 +81,7 @@ class Lease:
     def watch(self, ready: Ready) -> None:
         """More of the prompt is computed."""
         self._ready = ready
+        self._begun = self._begun or time.perf_counter()
         self._changed.set()
 
     async def push(self, computing: Coroutine[Any, Any, Held]) -> Held:
@@ -88,6 +99,9 @@ class Lease:
                     await self._send_ready(self._ready)
             held = prefill.result()
             self.bytes_early = self.bytes_sent
+            if self._begun:
+                numbers = 2 * held.tokens * self._cache.layers * self._cache.numbers
+                self.made = numbers / (time.perf_counter() - self._begun)
             if held.firsts:
                 await self._finish(held)
             return held
@@ -145,12 +159,17 @@ class Lease:
             kv_heads=cache.kv_heads,
             head_dim=cache.head_dim,
             dtype=cache.dtype,
-            codec="raw",
+            codec=RAW,
         )
         layers = range(part.first_layer, part.first_layer + part.layers)
         tokens = range(part.first_token, part.first_token + part.tokens)
         views = cache.views(blocks, tokens, layers)
         async with asyncio.timeout(self._limits.push_s):
+            if self._codec != RAW and part.tokens >= LEAST_TOKENS:
+                message = msgspec.structs.replace(message, codec=self._codec)
+                taken = np.frombuffer(b"".join(views), np.uint8)
+                packed = await asyncio.to_thread(pack, self._codec, taken, message)
+                views = [packed.data]
             return await self._link.send(message, views, self._kind, current)
 
 
@@ -172,6 +191,8 @@ class KvSender:
         self._secret = secret
         self._limits = limits
         self._idle: dict[Address, dict[Link, asyncio.TimerHandle]] = {}  # until it is closed
+        self._made: float | None = None  # numbers per second, by the last prompt
+        self._rates: dict[tuple[str, int], float] = {}  # bytes per second to each peer
 
     @asynccontextmanager
     async def reserve(self, job: Job, peer: Peer) -> AsyncIterator[Lease]:
@@ -188,6 +209,9 @@ class KvSender:
             _close(link)
             raise
         self.bytes_sent += lease.bytes_sent
+        self._made = lease.made or self._made
+        if rate := link.connection.rate:
+            self._rates[link.connection.remote] = rate
         if lease.committed:
             self._keep(peer.address, link)
         else:
@@ -206,7 +230,10 @@ class KvSender:
         async with asyncio.timeout(limits.reserve_s):
             reserved = await link.connection.expect(Reserved)
         link.share(reserved.memory)
-        return Lease(link, job, self._cache, reserved.checksum, limits)
+        usable = [codec for codec in limits.codecs if codec in (RAW, *reserved.codecs)]
+        rate = None if link.shares else self._rates.get(link.connection.remote)
+        codec = choose(usable, self._cache.dtype, rate, self._made)
+        return Lease(link, job, self._cache, reserved.checksum, codec, limits)
 
     async def _connect(self, address: Address) -> Link:
         """A kept link that is still open, else a new one."""

@@ -36,6 +36,7 @@ class Limits:
     push_s: float = 60.0  # one chunk, or the answer to a Commit
     early_bytes: int = 256 << 10  # less than this waits for more, or for the end of the prompt
     share: bool = True  # memory, with a decode worker of this host
+    codecs: tuple[str, ...] = ("raw",)  # that may be used, best quality first
 
 
 def common(theirs: Iterable[str]) -> str:

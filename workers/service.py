@@ -41,6 +41,7 @@ from scheduler.transport import listen
 from workers.engine_loop import EngineLoop
 from workers.kv_receive import KvReceiver
 from workers.kv_send import KvSender
+from workers.kv_wire import Limits
 from workers.membership import Membership
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class WorkerConfig:
     secret: bytes
     listen_host: str  # where other workers push KV to
     advertise_host: str | None = None  # how they reach it; None: as the router sees us
+    kv_codecs: tuple[str, ...] = ("raw",)  # that KV may travel in, best quality first
 
 
 class WorkerService:
@@ -80,7 +82,9 @@ class WorkerService:
         fingerprint += f":{cache.dtype}"
         self._fingerprint = fingerprint
         self._loop = EngineLoop(engine, self._on_outputs, self._on_broken)
-        self._sender = KvSender(config.name, fingerprint, cache, config.secret)
+        codecs = ("raw",) if cache.dtype == "float32" else config.kv_codecs  # exact mode
+        limits = Limits(codecs=codecs)
+        self._sender = KvSender(config.name, fingerprint, cache, config.secret, limits)
         self._receiver = KvReceiver(fingerprint, cache, self._loop)
         self._memberships = [Membership(router, config.secret, self) for router in config.routers]
         self._port = 0  # where other workers push KV to, once `run` listens

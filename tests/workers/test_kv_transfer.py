@@ -28,7 +28,8 @@ from scheduler.messages import (
 from scheduler.transport import dial, listen
 from workers import kv_send
 from workers.engine_loop import EngineLoop
-from workers.fake import FakeOptions, FakeRunner
+from workers.fake import SHAPE, FakeOptions, FakeRunner
+from workers.kv_cache import KvCache
 from workers.kv_memory import host
 from workers.kv_receive import KvReceiver
 from workers.kv_send import KvSender
@@ -85,10 +86,10 @@ class Link:
         self.connections.append(connection)
         await self.receiver.serve(connection)
 
-    async def hand_over(self, job) -> None:
+    async def hand_over(self, job, prompt=PROMPT) -> None:
         try:
             async with self.sender.reserve(job, self.peer) as lease:
-                await lease.push(self.prefill.loop.prefill(job, PROMPT, lease.watch))
+                await lease.push(self.prefill.loop.prefill(job, prompt, lease.watch))
         finally:
             self.prefill.loop.release((job.id, job.epoch))
 
@@ -100,11 +101,10 @@ class Link:
 def linked(make_engine):
     @asynccontextmanager
     async def start(
-        decode_blocks: int = 64, fingerprint: str = "model", limits=LIMITS, prefill=None
+        fingerprint: str = "model", limits=LIMITS, decode_blocks=64, prefill=None, decode=None
     ):
-        link = Link(
-            Side(prefill or make_engine()), Side(make_engine(decode_blocks)), fingerprint, limits
-        )
+        here, there = prefill or make_engine(), decode or make_engine(decode_blocks)
+        link = Link(Side(here), Side(there), fingerprint, limits)
         async with AsyncExitStack() as stack:
             for side in (link.prefill, link.decode):
                 task = asyncio.create_task(side.loop.run())
@@ -202,6 +202,52 @@ async def test_a_chunk_of_a_prompt_arrives_while_the_next_one_is_computed(
         await moving
         await link.decode.finished()
         assert said(link.prefill.outputs + link.decode.outputs) == answer(make_engine(), job)
+
+
+def kv(engine, tokens):
+    """What an engine keeps of a prompt that began in its first block."""
+    return engine.runner.cache.data.reshape(2, 2, -1)[:, :, :tokens]
+
+
+class Other(FakeRunner):
+    """Keeps its KV in another type."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(64, FakeOptions())
+        self.cache = KvCache(SHAPE, 64, dtype)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared memory", "network"])
+@pytest.mark.parametrize(
+    "dtypes", [("float16", "float32"), ("float32", "float16")], ids=" to ".join
+)
+async def test_caches_of_unlike_types_hold_the_same_numbers(
+    linked, make_engine, job, dtypes, share
+):
+    here, there = (make_engine(runner=Other(dtype)) for dtype in dtypes)
+    limits = replace(LIMITS, share=share)
+    async with linked(f"model:{dtypes[0]}", limits, prefill=here, decode=there) as link:
+        await link.hand_over(job)
+        ours, theirs = (kv(engine, len(PROMPT)) for engine in (here, there))
+        assert ours.all()
+        assert np.array_equal(ours, theirs)
+
+
+async def test_a_link_that_may_lose_a_little_is_used_so_once_its_rate_is_known(linked, make_job):
+    limits = replace(LIMITS, share=False, codecs=("int4",))
+    prompt = list(bytes(range(97, 123)) * 4)
+    async with linked(limits=limits) as link:
+        sizes = []
+        for name in ("first", "second"):
+            before = link.receiver.bytes_received
+            await link.hand_over(make_job(id=name, ids=prompt), prompt)
+            sizes.append(link.receiver.bytes_received - before)
+            await link.decode.empty()
+        raw = len(prompt) * 2 * 2 * 4
+        assert sizes[0] == raw
+        assert sizes[1] != raw
+        ends = (link.prefill.engine, link.decode.engine)
+        assert np.allclose(*(kv(engine, len(prompt)) for engine in ends), atol=2)
 
 
 async def test_an_idle_connection_is_used_again(linked, make_job):
@@ -366,8 +412,8 @@ WRONG = {
     "a layer before the first": [(blocks(first_layer=-1, layers=1), HALF)],
     "another number of tokens": [(blocks(tokens=25), 2 * HALF - 16)],
     "another head size": [(blocks(head_dim=2), 4 * HALF)],
-    "another dtype": [(blocks(dtype="float16"), HALF)],
     "an unknown codec": [(blocks(codec="zip"), 2 * HALF)],
+    "an unknown dtype": [(blocks(dtype="complex64"), 2 * HALF)],
     "another size than announced": [(blocks(), HALF)],
     "a commit without any KV": [(COMMIT, 0)],
     "a commit without the second layer": [(blocks(layers=1), HALF), (COMMIT, 0)],
