@@ -57,6 +57,8 @@ def unpack(packed: Array, message: KvBlocks) -> Array:
     if message.codec == RAW:
         return to_floats(packed, message)
     planes, channels = 2 * message.layers, message.kv_heads * message.head_dim
+    if not len(packed):
+        raise ValueError("no bytes at all")
     exact = min(int(packed[0]), message.tokens)
     split = 1 + 2 * planes * exact * channels
     head = packed[1:split].view(np.float16).reshape(planes, exact, channels)
