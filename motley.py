@@ -16,9 +16,9 @@ from scheduler.errors import SetupError
 from scheduler.messages import Address, Role
 from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
 from scheduler.plan_command import add_arguments as add_plan_arguments
-from scheduler.policies import POLICIES
 from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
 from scheduler.simulate_command import add_arguments as add_simulate_arguments
+from serving.routing_arguments import add_routing_arguments, routing_options
 from workers.group.plan_command import EXAMPLES as GROUP_PLAN_EXAMPLES
 from workers.group.plan_command import add_arguments as add_group_plan_arguments
 from workers.group.units import SIZES, quantity
@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> None:
     """Router and workers on this machine."""
     from serving.console import ready_text
-    from serving.placing import RoutingOptions
     from serving.run import LocalWorkers, RouterConfig, run_router
     from serving.secret import cluster_secret
     from workers.build import find
@@ -106,7 +105,7 @@ def _serve(options: argparse.Namespace) -> None:
             ranks=options.group_ranks,
             caps=_caps(options),
         ),
-        routing=RoutingOptions(policy=options.policy, local=options.on_no_prefill == "local"),
+        routing=routing_options(options),
         drain_s=options.drain_s,
     )
     _run(
@@ -352,23 +351,8 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
         metavar="SIZE,…",
         help="of each rank's process, one for all or one each: 300MB,300MB,1GB",
     )
-    _routing_arguments(command)
+    add_routing_arguments(command)
     _engine_arguments(command)
-
-
-def _routing_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--policy",
-        choices=POLICIES,
-        default="priced",
-        help="how a request finds its workers (default priced; docs/routing.md)",
-    )
-    command.add_argument(
-        "--on-no-prefill",
-        choices=["local", "reject"],
-        default="local",
-        help="without a prefill worker: decode workers compute prompts (default), or 503",
-    )
 
 
 def _worker_arguments(command: argparse.ArgumentParser) -> None:

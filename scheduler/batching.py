@@ -8,14 +8,18 @@ A sequence is in exactly one place:
        └──admit (awaits_kv)──► staged ──resume──► running decode worker: blocks wait for their KV
 
 Decodes go first, so a long prompt never starves them; what is left of the budget goes to prompts,
-oldest first, in chunks. When blocks run out the youngest running sequence is preempted: it frees
-its blocks and computes them anew later, which changes no token.
+in chunks: by priority, then fair share, then the earliest deadline, then age. When blocks run out
+the youngest running sequence is preempted: it frees its blocks and computes them anew later,
+before any prompt that has not begun, which changes no token.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import itertools
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.blocks import BlockPool, block_hash, blocks_for
@@ -24,6 +28,11 @@ from scheduler.pacing import Pace
 
 if TYPE_CHECKING:
     from scheduler.request import Job, TokenIds
+
+
+Due = tuple[int, int, float]  # (priority, share, deadline in seconds of the worker's clock)
+WHENEVER: Due = (0, 0, math.inf)
+AT_ONCE: Due = (-(1 << 63), 0, 0.0)  # it has given tokens already
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +52,14 @@ class Sequence:
     hold: bool = False  # after the first token, keep the KV for a push
     awaits_kv: bool = False  # admitted only to hold blocks, until `resume`
     draft: TokenIds = field(default_factory=list)  # what may follow, to be verified in one pass
+    due: Due = WHENEVER  # a lower one goes first
+    age: int = 0  # smaller: it came earlier
     read: bool = False  # something is read off its prompt's rows, so cached blocks do not help
+
+    @property
+    def turn(self) -> tuple[Due, int]:
+        """By which prompts are ordered."""
+        return self.due, self.age
 
     @property
     def position(self) -> int:
@@ -125,17 +141,19 @@ class Batcher:
         self.pace = pace or Pace()
         self.max_step_tokens = max_step_tokens
         self.max_sequences = max_sequences
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # whose turn is next comes first
         self.running: list[Sequence] = []  # oldest first
         self.staged: list[Sequence] = []
         self.preempted = 0
+        self._ages = itertools.count()
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.age = next(self._ages)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is, and free its blocks. Idempotent."""
@@ -179,10 +197,13 @@ class Batcher:
         decodes = self._decodes()
         budget = self.pace.prompt_tokens(len(decodes), self.max_step_tokens - len(decodes))
         prefills: list[Slice] = []
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget > 0:
+        granted: list[Sequence] = []
+        begun = [sequence for sequence in self.running if sequence.remaining > 1]
+        for sequence in sorted(begun, key=_turn):
+            budget = self._admit(budget, prefills, granted, before=sequence)
+            if budget > 0:
                 budget -= self._chunk(sequence, budget, prefills)
-        granted = self._admit(budget, prefills)
+        self._admit(budget, prefills, granted)
         return Step((*decodes, *prefills), tuple(granted))
 
     def advance(self, step: Step) -> None:
@@ -254,24 +275,43 @@ class Batcher:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free(sequence)
-        self.waiting.appendleft(sequence)
+        sequence.due = AT_ONCE
+        self._wait(sequence)
         self.preempted += 1
 
-    def _admit(self, budget: int, prefills: list[Slice]) -> list[Sequence]:
-        """Move waiting sequences, in order, to where they can go on; gives those staged."""
-        granted: list[Sequence] = []
-        while self.waiting and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            if (budget <= 0 and not sequence.awaits_kv) or not self._hold(sequence):
+    def _wait(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=_turn)
+
+    def _admit(
+        self,
+        budget: int,
+        prefills: list[Slice],
+        granted: list[Sequence],
+        before: Sequence | None = None,
+    ) -> int:
+        """Move waiting sequences, in turn, to where they can go on; gives what is left of budget.
+
+        With `before`, only those whose turn is earlier. A reservation computes nothing, so it does
+        not wait for a budget; but nobody passes one who waits for blocks.
+        """
+        at = 0
+        while at < len(self.waiting) and len(self.running) < self.max_sequences:
+            sequence = self.waiting[at]
+            if before and _turn(sequence) > _turn(before):
                 break
-            self.waiting.popleft()
+            if budget <= 0 and not sequence.awaits_kv:
+                at += 1
+                continue
+            if not self._hold(sequence):
+                break
+            del self.waiting[at]
             if sequence.awaits_kv:
                 self.staged.append(sequence)
                 granted.append(sequence)
             else:
                 self.running.append(sequence)
                 budget -= self._chunk(sequence, budget, prefills)
-        return granted
+        return budget
 
     def _hold(self, sequence: Sequence) -> bool:
         """Take blocks for all of a sequence's tokens, those that are cached as they are.
@@ -312,3 +352,6 @@ class Batcher:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
+
+
+_turn = attrgetter("turn")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from scheduler.cost import CostModel
-    from scheduler.messages import Address
+    from scheduler.messages import Address, Load
 
 Rank = tuple[int, int]  # (priority, share): a lower one is served first
 
@@ -48,7 +48,7 @@ class Worker:
     step_tokens: int = STEP_TOKENS  # most in one step
     places: int = 1 << 30  # sequences that run at once
     overlaps: bool = False  # its KV cache moves while the prompt is still computed
-    price: float | None = None  # of a second; None: what it can do in one
+    price: float = 0.0  # of a second, by the plan's weights; 0: there is no plan
     draining: bool = False
     others_running: int = 0  # sequences that other routers have here, by its last report
     others_queued: int = 0  # tokens of their prompts that are not computed
@@ -62,7 +62,8 @@ class Worker:
     context: float = 0.0  # tokens of these, half of their predicted output included
     held: float = 0.0  # tokens of KV cache that they will need
     moving: float = 0.0  # bytes of KV cache on their way to or from it
-    left: float = 0.0  # tokens that the choices which have begun are still to give
+    outputs: float = 0.0  # tokens that those which have begun will give, as predicted
+    left: float = 0.0  # of these, the ones that are still to come
     # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits
     # allow in all, when they began (summed), and the tokens that they are still to give.
     limited: int = 0
@@ -76,6 +77,12 @@ class Worker:
     def __post_init__(self) -> None:
         self._order = (self.token_s, self.name)
 
+    def report(self, load: Load, now: float) -> None:
+        """A heartbeat."""
+        self.heard, self.standing = now, load.standing_s
+        self.others_running, self.others_queued = load.others_running, load.others_queued
+        self.cost = load.cost or self.cost
+
     def may_hand_to(self, other: Worker) -> bool:
         """Mixed workers hand over from the faster one to the slower one, as they joined.
 
@@ -84,11 +91,6 @@ class Worker:
         """
         both = self.role is other.role is Role.MIXED
         return self is not other and (not both or self._order < other._order)
-
-    @property
-    def value(self) -> float:
-        """What a second of it is worth: its price, or the prompt tokens that it computes."""
-        return 1 / self.token_s if self.price is None else self.price
 
     @property
     def token_s(self) -> float:
@@ -153,18 +155,25 @@ class Worker:
     def room_s(self, tokens: float, choices: int, tpot: float) -> float:
         """Seconds until it has blocks for so many tokens more, and places for the choices.
 
-        What runs ends, on the mean, after the tokens that it has left, and gives back its share.
+        What runs gives back its share when it ends.
         """
         if not self.running:
             return 0.0
         over = (self.held + tokens - self.kv_tokens) / max(self.held, 1.0)
         crowd = (self.running + choices - self.places) / self.running
-        return max(over, crowd, 0.0) * self.left / self.running * tpot
+        return max(over, crowd, 0.0) * self.residual_s(tpot)
+
+    def residual_s(self, tpot: float) -> float:
+        """Seconds that a running choice still takes, on the mean.
+
+        Long answers are met more often than they begin, so half a prediction is left at least.
+        """
+        return max(self.left, self.outputs / 2) / max(self.running, 1) * tpot
 
     def settle(self) -> None:
         """When nothing runs the sums are 0: what rounding left in them is not work."""
         if not self.running:
-            self.context = self.held = self.left = 0.0
+            self.context = self.held = self.left = self.outputs = 0.0
         if not self.limited:
             self.allowed = self.started = self.limited_left = 0.0
 
@@ -245,4 +254,4 @@ class Fleet:
 
 
 def _kind(worker: Worker) -> tuple[Role, int]:
-    return worker.role, round(math.log2(max(worker.value, 1e-12)))
+    return worker.role, round(math.log2(max(worker.token_s, 1e-12)))

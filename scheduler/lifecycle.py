@@ -160,7 +160,8 @@ class Generation:
             return []
         attempt = self.attempts[epoch]
         attempt.place(route)
-        return [Send(route.worker, Submit(self._job(epoch, attempt), route.handoff))]
+        job = msgspec.structs.replace(self._job(epoch, attempt), turn=route.turn)
+        return [Send(route.worker, Submit(job, route.handoff))]
 
     def unroutable(self, epoch: int, error: MotleyError) -> list[Instruction]:
         """The shell found none, and will not."""

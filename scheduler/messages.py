@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from scheduler.cost import CostModel
 from scheduler.request import Job, Prompt, TokenIds
 
 VERSION = 2
@@ -123,6 +124,8 @@ class Load(Wire, frozen=True):
     kv_bytes_received: int
     drafted: int = 0  # tokens guessed by speculation
     drafts_accepted: int = 0  # of those, the right ones
+    cost: CostModel | None = None  # what its steps cost, as learned from each that ran
+    standing_s: float = 0.0  # how long the step that runs has taken beyond what was predicted
     others_running: int = 0  # sequences of other routers' requests that run or wait here
     others_queued: int = 0  # tokens of their prompts that are not computed
     tasks: int = 0  # of its event loop

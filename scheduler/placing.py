@@ -33,7 +33,8 @@ class Placement:
     chain: Chain
     tokens: int  # of the prompt, to be computed
     attended: int  # see StepShape.prompt_context
-    left: float  # tokens that all its choices are to give after their first
+    outputs: float  # tokens that all its choices will give after their first, as predicted
+    left: float  # of these, the ones that are still to come
     context: float  # on the decode worker
     held: float  # tokens of KV cache there
     bytes: float = 0.0  # on the link
@@ -88,6 +89,7 @@ class Placer:
         placement.began = now
         placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
         decode.left += placement.left
+        decode.outputs += placement.outputs
         if demand.tpot_s < math.inf and not demand.prefill_only:
             placement.limit = demand.tpot_s * placement.left
             decode.limited += demand.choices
@@ -125,6 +127,7 @@ class Placer:
             placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
         else:
             decode.left -= placement.left
+            decode.outputs -= placement.outputs
         if placement.limit:
             decode.limited -= demand.choices
             decode.allowed -= placement.limit
@@ -155,13 +158,15 @@ def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
     tokens, attended = demand.work(chosen.prefill)
     output = 0.0 if demand.prefill_only else demand.output_tokens
     size = demand.prompt_tokens * chosen.prefill.cost.kv_token_bytes
+    left = max(output - 1, 0.0) * demand.choices
     placement = Placement(
         demand=demand,
         chosen=chosen,
         chain=chain,
         tokens=tokens,
         attended=attended,
-        left=max(output - 1, 0.0) * demand.choices,
+        outputs=left,
+        left=left,
         context=(demand.prompt_tokens + output / 2) * demand.choices,
         held=demand.prompt_tokens + output * demand.choices,
     )

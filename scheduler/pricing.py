@@ -3,7 +3,7 @@
     TTFT = wait + uncached prompt tokens at that worker's rate           (prompt and queue)
     TPOT = a step with this request in it / share of time left by prompts
            + (KV cache on the link, as far as prefill does not hide it) / output tokens
-    cost = seconds that the request adds to each worker · the value of a second there
+    cost = seconds that the request adds to each worker · the price of a second there
 
 A route that holds up those who run there for longer than their slack is late too: see `_harm`.
 """
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from scheduler.cost import context_sum
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from scheduler.fleet import Rank, Worker
 
 HANDOVER_S = 0.002  # words between the two workers, apart from the KV cache
@@ -108,7 +110,7 @@ class Pricer:
             wait + worker.prompt_s(tokens, attended),
             wait,
             cost.token * tokens + attention,
-            worker.value * (tokens * worker.token_s + attention),
+            worker.price * (tokens * worker.token_s + attention),
         )
 
     def decoded(self, worker: Worker) -> Decoded:
@@ -121,7 +123,7 @@ class Pricer:
             tpot,
             worker.room_s(self._need, choices, tpot) + worker.stalled_s(self._now),
             worker.slack_s(tpot, self._now),
-            worker.value * self._tokens * (cost.sequence + cost.context * self._length),
+            worker.price * self._tokens * (cost.sequence + cost.context * self._length),
         )
 
     # The queue of prompts goes by while there comes room: of the two waits the longer counts.
@@ -146,10 +148,28 @@ class Pricer:
             exposed = max(exposed - (prompt.ttft - prompt.wait), TAIL * moving)
         room = max(0.0, output.room - prompt.wait)
         ttft, tpot = prompt.ttft + room, output.tpot + (HANDOVER_S + exposed) / self._each
-        cost = prompt.cost + output.cost + LINK_WORK * moving * (prefill.value + decode.value)
+        cost = prompt.cost + output.cost + LINK_WORK * moving * (prefill.price + decode.price)
         late = self._late(ttft, tpot) + _harm(output, 0.0)
         others = prompt.stall * prefill.running
         return Price(late, cost, ttft, tpot, prompt.wait + room, others, prefill, decode)
+
+    def possible(self, workers: Iterable[Worker]) -> bool:
+        """Whether one of these would keep the limits if it were idle."""
+        demand = self._demand
+        for worker in workers:
+            cost, (tokens, attended) = worker.cost, demand.work(worker)
+            ttft = tokens * worker.token_s + attended * cost.attend
+            tpot = cost.decode_step_s(demand.choices, demand.choices * self._length)
+            if ttft <= self._ttft and (tpot <= self._tpot or not self._tokens):
+                return True
+        return False
+
+    def late_s(self, price: Price) -> float:
+        """Seconds until this route would be in time: its queue falls, or one of its batch ends."""
+        queue = max(0.0, price.ttft - self._ttft)
+        if price.late <= 0 or queue > 0:
+            return queue
+        return price.decode.residual_s(price.tpot) / max(price.decode.running, 1)
 
     def _late(self, ttft: float, tpot: float) -> float:
         late = 0.0

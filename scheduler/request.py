@@ -89,6 +89,20 @@ class ToolUse(msgspec.Struct, frozen=True, omit_defaults=True):
     parallel: bool = True
 
 
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """Where an attempt stands in a worker's queue: a lower one goes first, by field.
+
+    `left_s`: seconds until its first token is due, when it was sent; None: no limit.
+    """
+
+    priority: int = 0
+    share: int = 0  # how far its API key is ahead of the others (see scheduler.fairness)
+    left_s: float | None = None
+
+
+FIRST_COME = Turn()
+
+
 class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     """One prompt and its choices, as sent to a worker: all that is needed to start or take over.
 
@@ -111,6 +125,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     tools: ToolUse | None = None
     embed: bool = False  # the answer is no text but the prompt's last hidden state
     echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
+    turn: Turn = FIRST_COME
 
     @property
     def prefill_only(self) -> bool:

@@ -2,9 +2,10 @@
 
 Candidates are priced (`scheduler.pricing`) on the very workers that they would use: whole on a
 mixed worker, whole on a decode worker, prefill on one and decode on another. Of those that keep the
-limits of the request and of all who already run there the cheapest wins; without limits the
-soonest done; if none keeps them the least late, unless the queue alone is too long: then a refusal
-that says when it will not be. `POLICIES` has the simpler rules that one may compare with.
+limits of the request and of all who already run there the cheapest wins, and without a plan's
+prices the one whose queue is shortest; without limits the soonest done. If none keeps them the
+request is refused, with the time after which one will; where no idle worker could keep them
+either, the least late route serves it. `POLICIES` has simpler rules to compare with.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 from scheduler.errors import Unavailable
 from scheduler.messages import Role
 from scheduler.pricing import Pricer
+from scheduler.request import FIRST_COME, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +37,7 @@ class Route:
 
     worker: str
     handoff: Peer | None = None
+    turn: Turn = FIRST_COME
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,10 @@ def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) 
             if prompt.worker.may_hand_to(output.worker)
         ]
     best = min(prices, key=_in_time if demand.limited else _soonest(demand))
-    if best.late > 0 or best.wait > MAX_WAIT_S:
-        _refuse_if_hopeless(demand, prices)
+    if best.late > 0 and pricer.possible(lanes.decode):
+        raise _overload(min(pricer.late_s(price) for price in prices))
+    if best.wait > MAX_WAIT_S:
+        raise _overload(min(price.wait for price in prices) - MAX_WAIT_S)
     return Chosen(best.prefill, best.decode, best)
 
 
@@ -131,7 +136,7 @@ def _best(ends: list[End], key: Callable[[End], float]) -> list[End]:
 
 
 def _in_time(price: Price) -> tuple[float, float, float, str, str]:
-    return price.late, price.cost, price.ttft, price.prefill.name, price.decode.name
+    return price.late, price.cost, price.wait, price.prefill.name, price.decode.name
 
 
 def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:
@@ -144,16 +149,7 @@ def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:
     return rank
 
 
-def _refuse_if_hopeless(demand: Demand, prices: Sequence[Price]) -> None:
-    """Raises Unavailable if every queue alone is longer than the request may wait.
-
-    One that is late only because its own prompt is long is served: waiting would not help it.
-    """
-    limit = min(demand.ttft_s, MAX_WAIT_S)
-    shortest = min(price.wait for price in prices)
-    if shortest > limit:
-        drained = max(price.ttft for price in prices if price.wait == shortest)
-        own = drained - shortest
-        wait = max(shortest - max(limit - own, 0.0), 1.0)
-        message = f"the queue is {shortest:.1f} s long, more than this request may wait"
-        raise Unavailable(message, retry_after=wait, status=429)
+def _overload(seconds: float) -> Unavailable:
+    """Serving it would only make it, and those behind it, late."""
+    message = f"the limits of this request can be kept again in about {seconds:.1f} s"
+    return Unavailable(message, retry_after=seconds, status=429)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ class Simulation:
         told = Told(self._first_token, self._finished, self._granted, self._held)
         self.workers = [Worker(n, spec, told, self._ask) for n, spec in enumerate(workers)]
         self._router = Router(workers, policy, slo, timing.overlap, self._emitted)
+        self._ttft_s = slo.ttft_ms / 1e3 if slo else math.inf
         self._requests = requests
         self._timing = timing
         self._named = named  # each block, as far as it is full
@@ -218,6 +220,7 @@ class Simulation:
             tokens=[0] * request.input,
             prompt_len=request.input,
             max_tokens=request.output,
+            due=(0, 0, request.at + self._ttft_s),
             prefix=request.prefix,
             own=live.number.to_bytes(8, "little") if self._named else b"",
             number=live.number,

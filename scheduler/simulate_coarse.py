@@ -37,7 +37,7 @@ def simulate_coarse(
     timing: Timing | None = None,
     slo: Slo | None = None,
 ) -> Outcome:
-    """As `simulate`, ten times as fast, with attainment within about two points of it.
+    """As `simulate`, ten times as fast, with attainment within about three points of it.
 
     That is so where most requests are in time; beyond, both say that they are not, by other
     numbers. Prefixes and the ITL bound are not looked at. Raises SetupError naming what cannot be
@@ -197,6 +197,6 @@ def _pools(books: Sequence[Book]) -> list[list[Book]]:
     """By role and speed, as `fleet.Fleet` samples."""
     pools: dict[tuple[str, int], list[Book]] = {}
     for book in books:
-        key = book.spec.role, round(math.log2(max(book.value, 1e-12)))
+        key = book.spec.role, round(math.log2(max(book.token_s, 1e-12)))
         pools.setdefault(key, []).append(book)
     return list(pools.values())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-Price = tuple[float, ...]  # late, cost, seconds to the first token; without limits seconds in all
+Price = tuple[float, ...]  # late, cost, wait; without limits seconds in all
 NEVER: Price = (math.inf,)
 
 
@@ -39,19 +39,19 @@ class Book:
     takes: bool  # prompts for others
     gives: bool  # decodes
     token_s: float
-    value: float
     running: int = 0
     context: float = 0.0
     held: float = 0.0
     mixed: float = 0.0
     mixed_at: float = 0.0
-    # Of those that have begun: how many, with the seconds that limits allow them and the sum of
-    # the times when they began; and by which step each is expected to end, as long as it is not
-    # over: a heap, how many, their sum.
+    # Of those that have begun: how many, with the seconds that limits allow them, the sum of the
+    # times when they began, and the tokens that they will give; and by which step each is expected
+    # to end, as long as it is not over: a heap, how many, their sum.
     begun: int = 0
     allowed: float = 0.0
     started: float = 0.0
     ends: list[tuple[float, int]] = field(default_factory=list)
+    outputs: float = 0.0
     expected: int = 0
     ends_sum: float = 0.0
 
@@ -126,6 +126,7 @@ class Market:
             tokens + output,
             now,
         )
+        books = list(books)
         best, prefill, decode = NEVER, None, None
         shortest = math.inf
         sender: _Sender | None = None
@@ -148,11 +149,20 @@ class Market:
                 shortest = min(shortest, max(sender.wait, gets.room))
                 if price < best:
                     best, prefill, decode = price, sender.book, gets.book
-        if shortest > min(self._ttft, MAX_WAIT_S) and (not self._limited or best[0] > 0):
+        if self._limited and best[0] > 0 and any(self._possible(ask, book) for book in books):
+            return None
+        if shortest > MAX_WAIT_S:
             return None
         assert prefill, "whoever decodes may also compute the prompt"
         self._enter(number, ask, prefill, decode)
         return prefill.at, decode.at
+
+    def _possible(self, ask: _Ask, book: Book) -> bool:
+        """Whether it would keep the limits if it were idle: see `Pricer.possible`."""
+        cost = book.spec.cost
+        ttft = ask.tokens * book.token_s + ask.attended * cost.attend
+        tpot = cost.decode_step_s(1, ask.length)
+        return book.gives and ttft <= SAFETY * self._ttft and tpot <= SAFETY * self._tpot
 
     def first(self, number: int, at: float) -> None:
         """Its first token is there."""
@@ -162,6 +172,7 @@ class Market:
         gone = max(0.0, at - lane.now) / lane.cost.decode_step_s(book.running, book.context)
         entry.began, entry.end = at, lane.step + gone + entry.each
         book.begun += 1
+        book.outputs += entry.each
         book.allowed += self._tpot * entry.each
         book.started += at
         book.expected += 1
@@ -176,6 +187,7 @@ class Market:
         book.context -= entry.context
         book.held -= entry.held
         book.begun -= 1
+        book.outputs -= entry.each
         book.allowed -= self._tpot * entry.each
         book.started -= entry.began
         if entry.end:
@@ -222,7 +234,7 @@ class Market:
             book,
             wait,
             cost.token * ask.tokens + attention,
-            book.value * (ask.tokens * book.token_s + attention),
+            book.spec.price * (ask.tokens * book.token_s + attention),
         )
         if not book.gives:
             return sender, None
@@ -233,19 +245,19 @@ class Market:
         if running and (book.held + ask.need > book.spec.kv_tokens or running >= _places(book)):
             over = (book.held + ask.need - book.spec.kv_tokens) / max(book.held, 1.0)
             crowd = (running + 1 - _places(book)) / running
-            room = max(over, crowd, 0.0) * left / running * tpot
+            room = max(over, crowd, 0.0) * max(left, book.outputs / 2) / running * tpot
         slack = math.inf
         if self._limited and book.begun:
             spent = ask.now * book.begun - book.started + left * tpot
             slack = (book.allowed - spent) / book.begun
-        return sender, _Receiver(tpot, book, room, book.value * ask.each * own, slack)
+        return sender, _Receiver(tpot, book, room, book.spec.price * ask.each * own, slack)
 
     def _whole(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
         ttft = sends.ttft + max(0.0, gets.room - sends.wait)
         if not self._limited:
             return (ttft + ask.each * gets.tpot + sends.stall * gets.book.running,)
         late = self._late(ttft, gets.tpot) + _harm(gets, sends.stall)
-        return late, sends.cost + gets.cost, ttft
+        return late, sends.cost + gets.cost, max(sends.wait, gets.room)
 
     def _split(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
         sender, receiver = sends.book.spec.cost, gets.book.spec.cost
@@ -258,8 +270,8 @@ class Market:
         if not self._limited:
             return (ttft + ask.each * tpot + sends.stall * sends.book.running,)
         late = self._late(ttft, tpot) + _harm(gets, 0.0)
-        link = LINK_WORK * moving * (sends.book.value + gets.book.value)
-        return late, sends.cost + gets.cost + link, ttft
+        link = LINK_WORK * moving * (sends.book.spec.price + gets.book.spec.price)
+        return late, sends.cost + gets.cost + link, max(sends.wait, gets.room)
 
     def _late(self, ttft: float, tpot: float) -> float:
         late = ttft / self._ttft - SAFETY if ttft > SAFETY * self._ttft else 0.0
@@ -289,13 +301,11 @@ def _places(book: Book) -> int:
 
 
 def _book(at: int, spec: WorkerSpec, lane: Lane) -> Book:
-    token_s = spec.cost.token + spec.cost.step / spec.max_step_tokens
     return Book(
         at,
         lane,
         spec,
         takes=spec.role is not Role.DECODE,
         gives=spec.role is not Role.PREFILL,
-        token_s=token_s,
-        value=1 / token_s if spec.price is None else spec.price,
+        token_s=spec.cost.token + spec.cost.step / spec.max_step_tokens,
     )

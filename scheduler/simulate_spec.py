@@ -35,7 +35,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_sequences: int = 64
     itl_bound_s: float | None = None
     believed: CostModel | None = None
-    price: float | None = None  # of a second, to routing; None: what it can do in one
+    price: float = 0.0  # of a second, to routing; 0: there is no plan
 
 
 class Timing(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ import msgspec
 
 from scheduler.messages import CallDelta, Echo, FinishReason, Tokenised, TokenLogprob
 from scheduler.request import Grammar, Limits, Prompt, Sampling, ToolUse
+from serving.wish import Wish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -28,6 +29,7 @@ class Ask(msgspec.Struct, frozen=True):
     tools: ToolUse | None = None
     echo: bool = False
     embed: bool = False
+    wish: Wish = Wish()
 
 
 class Delta(msgspec.Struct, frozen=True):

@@ -95,6 +95,12 @@ class ClusterCollector:
             "decision_type",
             placing.decisions,
         )
+        yield _counts(
+            "motley_request_slo_violation",
+            "Prompts whose first token, and choices whose pace, came later than their limits.",
+            "type",
+            placing.violations,
+        )
         yield CounterMetricFamily(
             "motley_requests_replayed",
             "Requests, or choices of them, started again on another worker.",

@@ -28,7 +28,7 @@ from scheduler.messages import (
 from scheduler.request import Job, job_id
 from serving.ask import Delta, ModelInfo
 from serving.inquiry import Inquiries
-from serving.placing import Placing, RoutingOptions
+from serving.placing import Placing, RoutingOptions, Standing
 from serving.stream import Stream
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Live:
     """A generation with what surrounds it."""
 
     generation: Generation
+    standing: Standing
     stream: Stream
     first_index: int  # of its choices in the reply
     echo: Echo | None = None
@@ -146,7 +147,9 @@ class Gateway:
             embed=ask.embed,
             echo=ask.echo,
         )
-        live = self._live[job.id] = Live(Generation(job), stream, index * ask.n)
+        live = self._live[job.id] = Live(
+            Generation(job), self.placing.enter(job, ask.wish), stream, index * ask.n
+        )
         return live
 
     # ── events ──────────────────────────────────────────────────────────────────────────────────
@@ -158,7 +161,7 @@ class Gateway:
                     self._output(worker, live, output)
         elif isinstance(message, Accepted):
             if live := self._live.get(message.id):
-                self.placing.accepted(live.generation.job, message.prompt_ids)
+                self.placing.accepted(live.generation.job, live.standing, message.prompt_ids)
                 self._obey(live, live.generation.accepted(message.epoch, message.prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
@@ -184,7 +187,7 @@ class Gateway:
         if placement := live.placements.get(output.epoch):
             if placement.queued:
                 self._members.praise(worker)
-            self.placing.output(live.generation.job, placement, output)
+            self.placing.output(live.generation.job, live.standing, placement, output)
         self._obey(live, live.generation.output(output))
 
     def _handed_over(self, worker: str, live: Live, epoch: int) -> None:
@@ -241,10 +244,9 @@ class Gateway:
         del self._live[generation.job.id]
         for task in live.waiting:
             task.cancel()
-        if instruction.error is None:
-            for ledger in generation.ledgers.values():
-                if ledger.finished:
-                    self.placing.finished(generation.job, len(ledger.emitted))
+        ledgers = generation.ledgers.values()
+        finished = [len(ledger.emitted) for ledger in ledgers if ledger.finished]
+        self.placing.leave(generation.job, live.standing, finished)
         live.stream.end(instruction.error)
 
     def _place(self, live: Live, place: Place) -> None:
@@ -262,7 +264,7 @@ class Gateway:
     def _try(self, live: Live, place: Place) -> None:
         """Raises Unavailable."""
         epoch = place.job.epoch
-        placement, route = self.placing.place(place)
+        placement, route = self.placing.place(place, live.standing)
         live.placements[epoch] = placement
         self.replayed += live.generation.attempts[epoch].number > 1
         self._obey(live, live.generation.routed(epoch, route))

@@ -196,7 +196,7 @@ class Members:
 
     def _report(self, member: Member, load: Load) -> None:
         member.load, worker = load, member.worker
-        worker.others_running, worker.others_queued = load.others_running, load.others_queued
+        worker.report(load, self.clock())
         still = member.progress.report(load.steps, busy=load.running > 0, now=self.clock())
         if still > max(STUCK_S, STUCK_STEPS * worker.token_s * worker.step_tokens):
             logger.warning("worker %s has taken no step for %.0f s", member.join.name, still)
@@ -255,6 +255,7 @@ def _worker(join: Join, record: Record) -> Worker:
         address=join.address,
         cost=cost.of_rates(join.rates),
         kv_tokens=join.kv_blocks * BLOCK_TOKENS,
+        overlaps=True,
         sound=lambda now: record.breaker.allows(now) and not record.suspicion.doubtful,
     )
 

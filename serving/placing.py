@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from scheduler.affinity import Chain, chain_of
+from scheduler.fairness import FairShare
 from scheduler.placing import Placement, Placer
 from scheduler.policies import POLICIES
 from scheduler.pricing import Demand
+from scheduler.request import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     from scheduler.lifecycle import Place
     from scheduler.messages import Output
     from scheduler.request import Job, TokenIds
     from scheduler.routing import Route
     from serving.members import Members
+    from serving.wish import Wish
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingOptions:
-    """How this router chooses."""
+    """How this router chooses. Limits of models are for requests that bring none of their own."""
 
     policy: str = "priced"  # a key of POLICIES
     local: bool = True  # without a prefill worker decode workers compute prompts; else: refuse
+    ttft_s: Mapping[str, float] = field(default_factory=dict)  # by model; "": of every other one
+    tpot_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Standing:
+    """What routing remembers of one generation, over all its attempts."""
+
+    chain: Chain
+    ttft_s: float  # limits; inf: none
+    tpot_s: float
+    priority: int
+    key: str
+    arrived: float
+    share: int = 0  # how far its key is ahead of the others
+    first: float | None = None  # when its first token came
 
 
 class Placing:
@@ -41,6 +61,8 @@ class Placing:
     ) -> None:
         self.degraded: Counter[str] = Counter()  # by reason
         self.decisions: Counter[str] = Counter()  # whole or split
+        self.violations: Counter[str] = Counter()  # of limits, ttft or tpot
+        self._shares: dict[str, FairShare] = {}
         self._members = members
         self._options = options
         self._clock = members.clock
@@ -48,30 +70,67 @@ class Placing:
         self._placers: dict[str, Placer] = {}
         self._number = 0
 
-    def place(self, place: Place) -> tuple[Placement, Route]:
+    def enter(self, job: Job, wish: Wish) -> Standing:
+        """A request comes; it `leave`s once."""
+        model, options, asked = job.model, self._options, wish.limits
+        standing = Standing(
+            chain=_chain(job),
+            ttft_s=asked.ttft_s or _default(options.ttft_s, model),
+            tpot_s=asked.tpot_s or _default(options.tpot_s, model),
+            priority=wish.priority,
+            key=wish.key,
+            arrived=self._clock(),
+        )
+        share = self._shares.setdefault(model, FairShare())
+        standing.share = share.enter(standing.key, self._prompt_tokens(job, standing))
+        return standing
+
+    def leave(self, job: Job, standing: Standing, finished: Iterable[int]) -> None:
+        """It has ended; its choices that were finished have so many tokens each."""
+        self._shares[job.model].leave(standing.key)
+        if job.prefill_only:
+            return
+        forecast, now = self._placer(job.model).forecast, self._clock()
+        for tokens in finished:
+            forecast.learn_output(len(job.prompt.ids or ()), tokens)
+            late = standing.first is not None and tokens > 1
+            if late and (now - (standing.first or 0)) / (tokens - 1) > standing.tpot_s:
+                self.violations["tpot"] += 1
+
+    def place(self, place: Place, standing: Standing) -> tuple[Placement, Route]:
         """A route for an attempt, and its load on the workers until `end`. Raises Unavailable."""
-        job, placer = place.job, self._placer(place.job.model)
+        job, placer, now = place.job, self._placer(place.job.model), self._clock()
         self._number += 1
-        chain = _chain(job)
-        tokens = len(job.prompt.ids or ()) or placer.forecast.prompt_tokens(chain.size)
-        tokens += len(job.emitted)
+        tokens = self._prompt_tokens(job, standing) + len(job.emitted)
         output = placer.forecast.output_tokens(tokens)
+        # A replay's client has its first token already, and is not sent away.
+        again = standing.first is not None
+        left = 0.0 if again else standing.ttft_s - (now - standing.arrived)
         demand = Demand(
             prompt_tokens=tokens,
             output_tokens=min(output, job.limits.max_tokens or output),
             choices=len(job.choices),
+            ttft_s=math.inf if again else max(left, 1e-3),
+            tpot_s=math.inf if again else standing.tpot_s,
+            rank=(standing.priority, standing.share),
             prefill_only=job.prefill_only,
             split=place.split,
             avoid=place.avoid,
             number=self._number,
         )
-        placement = placer.place(demand, chain, self._clock())
+        placement = placer.place(demand, standing.chain, now)
         self._count(placement)
-        return placement, self._members.route(placement.prefill.name, placement.decode.name)
+        route = self._members.route(placement.prefill.name, placement.decode.name)
+        turn = Turn(standing.priority, standing.share, left if left < math.inf else None)
+        return placement, replace(route, turn=turn)
 
-    def output(self, job: Job, placement: Placement, output: Output) -> None:
+    def output(self, job: Job, standing: Standing, placement: Placement, output: Output) -> None:
         """An attempt gives tokens."""
         placer = self._placer(job.model)
+        self._shares[job.model].serve(standing.key, len(output.ids))
+        if standing.first is None:
+            standing.first = self._clock()
+            self.violations["ttft"] += standing.first - standing.arrived > standing.ttft_s
         if placement.queued:
             fresh = not output.position and output.choice == job.choices[0]
             placer.first(placement, self._clock(), output.cached if fresh else None)
@@ -86,16 +145,15 @@ class Placing:
         """The attempt is over."""
         self._placer(job.model).end(placement, self._clock())
 
-    def accepted(self, job: Job, prompt_ids: TokenIds) -> None:
+    def accepted(self, job: Job, standing: Standing, prompt_ids: TokenIds) -> None:
         """A worker tokenised a prompt that was text."""
         if job.prompt.ids is None:
-            self._placer(job.model).forecast.learn_prompt(_chain(job).size, len(prompt_ids))
-
-    def finished(self, job: Job, tokens: int) -> None:
-        """A choice came to its end after so many tokens."""
-        if not job.prefill_only:
             forecast = self._placer(job.model).forecast
-            forecast.learn_output(len(job.prompt.ids or ()), tokens)
+            forecast.learn_prompt(standing.chain.size, len(prompt_ids))
+
+    def _prompt_tokens(self, job: Job, standing: Standing) -> int:
+        known = len(job.prompt.ids or ())
+        return known or self._placer(job.model).forecast.prompt_tokens(standing.chain.size)
 
     def _count(self, placement: Placement) -> None:
         if placement.chosen.degraded:
@@ -126,3 +184,7 @@ def _chain(job: Job) -> Chain:
     for message in prompt.messages or ():
         texts += (message.role, message.content)
     return chain_of(texts)
+
+
+def _default(limits: Mapping[str, float], model: str) -> float:
+    return limits.get(model, limits.get("", math.inf))

@@ -5,13 +5,15 @@ A *key* (job id, epoch) names everything that one job holds here.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from scheduler.batching import Batcher, Sequence, Slice, Step
+from scheduler.batching import Batcher, Due, Sequence, Slice, Step
 from scheduler.blocks import blocks_for
+from scheduler.cost import StepShape
 from scheduler.errors import BadRequest
 from scheduler.messages import FirstToken, Output
 from workers.choice import Choice
@@ -23,12 +25,14 @@ from workers.speculate import Speculator
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from scheduler.cost_fit import Learner
     from scheduler.request import Job, TokenIds
     from workers.grammar import Mask
     from workers.runner import Reading, Runner, Sampled
     from workers.text import Tokens
 
 Key = tuple[str, int]
+LATE_STEP = 3.0  # times its prediction: a step that takes longer has something in its way
 
 
 @dataclass(slots=True)
@@ -59,7 +63,9 @@ class Engine:
         self._clock = clock
         self.steps = 0
         self.tokens = 0
+        self.learner: Learner | None = None  # of what steps cost; whoever serves gives one
         self.speculator = Speculator() if speculate else None
+        self._running: tuple[StepShape, float] | None = None  # the step that runs, since when
         self._choices: dict[Sequence, Choice] = {}
         self._jobs: dict[Key, list[Sequence]] = {}
         self._slices: tuple[Slice, ...] = ()  # of the step that runs
@@ -159,7 +165,8 @@ class Engine:
         result = StepResult(idle=not plan.slices and not plan.granted)
         self.runner.cache.mark.reset()
         self._slices = plan.slices
-        start = self._clock()
+        shape, start = StepShape.of(plan), self._clock()
+        self._running = (shape, start) if plan.slices else None
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
         try:
@@ -169,13 +176,14 @@ class Engine:
             return result
         finally:
             self._slices = ()
+            self._running = None
         seconds = self._clock() - start
         self.batcher.advance(plan)
         for piece in plan.slices:
             give = self._verify if piece.draft else self._give
             give(piece, list(islice(drawn, piece.draws)), result)
         if plan.slices:
-            self._learn(plan, result, seconds)
+            self._learn(plan, shape, result, seconds)
         return result
 
     def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
@@ -198,9 +206,19 @@ class Engine:
         running = self.batcher.running
         return [s for s in running if s.remaining == 1 and self._choices[s].draftable]
 
-    def _learn(self, plan: Step, result: StepResult, seconds: float) -> None:
+    def standing_s(self) -> float:
+        """How long the step that runs has taken beyond what it should have, at the most."""
+        running, learner = self._running, self.learner
+        if not (running and learner):
+            return 0.0
+        shape, since = running
+        return max(0.0, self._clock() - since - LATE_STEP * learner.model.predict(shape))
+
+    def _learn(self, plan: Step, shape: StepShape, result: StepResult, seconds: float) -> None:
         self.steps += 1
         self.tokens += len(result.outputs)
+        if self.learner:
+            self.learner.learn(shape, seconds)
         if not plan.drafted:
             self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, seconds)
         if self.speculator:
@@ -237,7 +255,13 @@ class Engine:
             prompt_len=len(prompt),
             max_tokens=self.output_limit(job, prompt),
             forks=forks,
+            due=self._due(job),
         )
+
+    def _due(self, job: Job) -> Due:
+        turn = job.turn
+        left = math.inf if turn.left_s is None else turn.left_s
+        return turn.priority, turn.share, self._clock() + left
 
     def _begin(self, sequence: Sequence, emitted: TokenIds, sent: int) -> Choice:
         """Know the sequence: what it has said so far, and the job it belongs to."""

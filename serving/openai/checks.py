@@ -43,6 +43,7 @@ BOUNDS: Mapping[str, Bounds] = {
     "max_completion_tokens": Bounds(1, INT32_MAX),
     "top_logprobs": Bounds(0, 20),
     "seed": Bounds(-(2**63), 2**63 - 1),
+    "priority": Bounds(-1000, 1000),
 }
 COMPLETION_LOGPROBS = Bounds(0, 20)
 BIAS = Bounds(-100, 100)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from msgspec import structs
 
 from scheduler.errors import BadRequest
 from serving.metrics import CLIENT_LEFT, OK
 from serving.openai import requests
 from serving.openai.errors import failure_of, status_of
 from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, PromptDetails, Usage
+from serving.wish import read_wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +82,8 @@ class Endpoints:
         ask_id = f"{dialect.id_prefix}-{request[REQUEST_ID]}"
         body = await read_body(request, self._limits)
         call = dialect.parse(body, ask_id, created, self._limits)
+        wish = read_wish(request.headers, call.priority)
+        call = structs.replace(call, ask=structs.replace(call.ask, wish=wish))
         if any(info.name == call.ask.model for info in self._generator.models()):
             record.model = call.ask.model
         reply = dialect.reply(call)

@@ -1,8 +1,8 @@
 """The bodies of OpenAI's generation endpoints, and how each becomes an Ask.
 
 Fields that OpenAI does not have and vLLM made common: top_k, min_p, repetition_penalty,
-ignore_eos, guided_json, guided_regex, guided_choice, guided_grammar. A null counts as absent.
-Unknown fields are ignored, as the field's servers do.
+ignore_eos, priority, guided_json, guided_regex, guided_choice, guided_grammar. A null counts as
+absent. Unknown fields are ignored, as the field's servers do.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Body(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     logit_bias: dict[TokenId, float] | None = None
     user: str | None = None
+    priority: int | None = None  # vLLM's: a lower one goes first
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -108,6 +109,7 @@ class Call(msgspec.Struct, frozen=True):
     ask: Ask
     stream: bool
     include_usage: bool
+    priority: int | None = None
 
 
 _CHAT = msgspec.json.Decoder(ChatBody)
@@ -177,7 +179,8 @@ def _call(
         grammar=grammar(body),
     )
     options = body.stream_options
-    return Call(ask, bool(body.stream), options is not None and bool(options.include_usage))
+    usage = options is not None and bool(options.include_usage)
+    return Call(ask, bool(body.stream), usage, body.priority)
 
 
 def _sampling(body: Body, logprobs: int | None) -> Sampling:

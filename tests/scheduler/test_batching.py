@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from scheduler.batching import Batcher, Sequence, Slice, Step
+from scheduler.batching import WHENEVER, Batcher, Sequence, Slice, Step
 from scheduler.blocks import BlockPool
 from scheduler.request import Job, Limits, Prompt, Sampling
 
@@ -290,3 +290,57 @@ def test_integrity_names_a_lost_block():
     batch.waiting.append(one)
     with pytest.raises(AssertionError):
         batch.check_integrity()
+
+
+# ── whose turn it is ────────────────────────────────────────────────────────────────────────────
+
+
+TURNS = {
+    "as they came": ([WHENEVER, WHENEVER, WHENEVER], [0, 1, 2]),
+    "the earliest deadline": ([(0, 0, 9.0), (0, 0, 7.0), (0, 0, 8.0)], [1, 2, 0]),
+    "a deadline before none": ([WHENEVER, (0, 0, 9.0)], [1, 0]),
+    "a smaller share of the workers before a deadline": ([(0, 1, 7.0), (0, 0, 9.0)], [1, 0]),
+    "priority before all": ([(0, 0, 7.0), (-1, 3, 9.0)], [1, 0]),
+}
+
+
+@pytest.mark.parametrize(("dues", "order"), TURNS.values(), ids=TURNS)
+def test_prompts_begin_in_turn(dues, order):
+    batch = batcher(blocks=40, max_step_tokens=16)
+    sequences = [sequence(16) for _ in dues]
+    for each, due in zip(sequences, dues, strict=True):
+        each.due = due
+        batch.add(each)
+    began = []
+    while batch.waiting:
+        step = batch.next_step()
+        began += [sequences.index(piece.sequence) for piece in step.slices]
+        batch.advance(step)
+        for piece in step.slices:
+            batch.remove(piece.sequence)
+    assert began == order
+
+
+def test_an_urgent_prompt_passes_one_that_is_half_computed_but_no_decode():
+    batch = batcher(blocks=40, max_step_tokens=17)
+    decoding, long, urgent = sequence(1), sequence(64), sequence(16)
+    batch.add(decoding)
+    run(batch)
+    batch.add(long)
+    run(batch)
+    assert 0 < long.computed < 64
+    urgent.due = (0, 0, 1.0)
+    batch.add(urgent)
+    step = batch.next_step()
+    assert [piece.sequence for piece in step.slices] == [decoding, urgent]
+
+
+def test_a_reservation_does_not_wait_behind_prompts_for_a_budget_that_it_does_not_need():
+    batch = batcher(blocks=40, max_step_tokens=16)
+    first, second, reservation = sequence(16), sequence(16), sequence(16)
+    reservation.awaits_kv = True
+    for each in (first, second, reservation):
+        batch.add(each)
+    step = batch.next_step()
+    assert [piece.sequence for piece in step.slices] == [first]
+    assert (step.granted, batch.waiting) == ((reservation,), [second])

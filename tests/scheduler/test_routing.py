@@ -269,11 +269,21 @@ def test_a_queue_that_is_too_long_is_refused_with_the_time_until_it_is_not():
 
 
 def test_a_request_that_could_only_be_late_is_refused_with_the_time_until_it_is_not():
-    """Of its second it needs 0.1 s itself; the queue of 3 s has to fall to 0.9 s."""
+    """It needs 0.1 s itself, and of the limit of 1 s a tenth is kept back: 3 s must become 0.8."""
     with pytest.raises(Unavailable) as refused:
         chosen([worker("m", M, queue=3000)], LIMITS)
     assert refused.value.status == 429
-    assert refused.value.retry_after == pytest.approx(2.1)
+    assert refused.value.retry_after == pytest.approx(2.2)
+
+
+def test_a_pace_that_could_only_be_broken_is_refused_until_somebody_has_ended():
+    m = busy("m", M, slack=0.0, running=20)
+    m.outputs = 0.0
+    with pytest.raises(Unavailable) as refused:
+        chosen([m], Demand(1, 50, tpot_s=0.2))
+    assert refused.value.status == 429
+    # Each has 10 tokens left: one of the 20 ends in the mean after half a step.
+    assert refused.value.retry_after == pytest.approx(10 / 20 * m.tpot_s(1, 26.0, NOW))
 
 
 def test_one_that_is_late_by_its_own_length_is_served():

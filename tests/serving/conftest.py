@@ -52,9 +52,9 @@ class Worker:
 class Cluster:
     """The router's side, and workers that come and go."""
 
-    def __init__(self, make_engine, until, clock, policy) -> None:
+    def __init__(self, make_engine, until, clock, routing) -> None:
         self.members = Members(clock)
-        self.gateway = Gateway(self.members, frozenset({"fake"}), RoutingOptions(policy))
+        self.gateway = Gateway(self.members, frozenset({"fake"}), routing)
         self.workers: dict[str, Worker] = {}
         self.port = 0
         self.also: tuple[Address, ...] = ()  # routers that new workers join besides this one
@@ -122,9 +122,9 @@ def cluster(make_engine, until):
     roles = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
     @asynccontextmanager
-    async def start(*names: str, clock=time.monotonic, policy="least-load", **engine):
+    async def start(*names: str, clock=time.monotonic, policy="least-load", routing=None, **engine):
         tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-        it = Cluster(make_engine, until, clock, policy)
+        it = Cluster(make_engine, until, clock, routing or RoutingOptions(policy))
         async with listen("127.0.0.1", 0, SECRET, it.members.serve) as (_, it.port):
             try:
                 for name in names:

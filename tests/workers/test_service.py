@@ -97,7 +97,8 @@ async def test_it_says_who_it_is_and_how_it_is(worker):
         assert (join.kv_blocks, join.context_length) == (9, 77)
         assert join.address.host == "127.0.0.1"
         load = await router.hear(connection, Load)
-        assert load == Load(0, 0, 9, 0, 0, 0, 0, 0, 0, 0, tasks=load.tasks)
+        assert load == Load(0, 0, 9, 0, 0, 0, 0, 0, 0, 0, tasks=load.tasks, cost=load.cost)
+        assert load.cost.provenance == "measured"
         assert load.tasks
 
 
