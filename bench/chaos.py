@@ -7,6 +7,8 @@ kills        fake workers killed: a quarter during prefill, half during decode, 
              cache is on its way
 model-kills  the same with SmolLM2 in exact mode, where every text must be the unbroken run's
 stops        fake workers stopped (SIGSTOP) and woken again
+leases       prefill workers killed while a decode worker keeps room for their prompt: the time
+             until it is free again, as heartbeats tell (every 0.25 s)
 disconnects  clients that leave at random moments; what is left of their requests is counted
 """
 
@@ -22,9 +24,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
-from chaos_cluster import Cluster, cluster, until
+from chaos_cluster import Cluster, cluster, held, until
 from chaos_disconnects import disconnects
 from chaos_streams import Answer, Crowd, Toll, questions, toll
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 RESTART_S = 0.3  # from a worker's death to its next life
 STEP_MS, PREFILL_TPS = 5, 8000  # of a fake worker
+LONG_TPS = 500  # of one whose prompts take seconds
 FAKE = f"fake:step_ms={STEP_MS},prefill_tps={PREFILL_TPS}"
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -156,10 +160,39 @@ async def run_stops(count: int, seed: int) -> dict[str, object]:
     return report | {"most overdue s": round(overdue, 3), "holds": result.clean and overdue <= 1.0}
 
 
+async def run_leases(count: int, seed: int) -> dict[str, object]:
+    """Another decode worker takes the request over, so what the first one kept must become free."""
+    shape, chance = {Role.PREFILL: 1, Role.DECODE: 2}, random.Random(seed)
+    times, answers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        async with cluster(f"fake:prefill_tps={LONG_TPS}", shape, Path(folder) / "log") as it:
+            crowd = Crowd(it.url, "fake", questions(count, 80), 4)
+            for number in range(count):
+                await crowd.ask(number - 1)  # unharmed, or the worker would be spared
+                asking = asyncio.create_task(crowd.ask(number))
+                (lender,) = await until(it.lenders)
+                blow = await it.strike("prefill", signal.SIGKILL, chance)
+                await until(lambda lender=lender: not held(lender))
+                times.append(asyncio.get_running_loop().time() - blow.time)
+                answers.append(await asking)
+                await it.revive(blow.worker)
+                await until(lambda: not any(map(held, it.members.of())))
+            result = toll(answers, await crowd.unbroken(), [])
+    return {
+        "blows": count,
+        "lost": result.lost,
+        "wrong text": result.wrong,
+        "free again p50 s": round(median(times), 3),
+        "free again max s": round(max(times), 3),
+        "holds": result.clean and max(times) <= 1.0,
+    }
+
+
 SCENES = {
     "kills": run_kills,
     "model-kills": run_model_kills,
     "stops": run_stops,
+    "leases": run_leases,
     "disconnects": disconnects,
 }
 
@@ -172,6 +205,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--model-kills", type=int, default=30)
     parser.add_argument("--stops", type=int, default=50)
+    parser.add_argument("--leases", type=int, default=20)
     parser.add_argument("--disconnects", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from scheduler.lifecycle import Attempt
     from scheduler.messages import Wire
+    from serving.members import Member
 
 Found = TypeVar("Found")
 SECRET = "of the chaos bench"
@@ -126,6 +127,11 @@ class Cluster:
         async with asyncio.timeout(JOIN_S):
             await self.members.joined(name)
 
+    def lenders(self) -> list[Member]:
+        """Decode workers that keep blocks for a prompt which is computed elsewhere."""
+        members = self.members.of()
+        return [m for m in members if held(m) and m.load and not m.load.running + m.load.waiting]
+
     async def strike(self, kind: str, number: signal.Signals, chance: random.Random) -> Blow:
         """Send a signal to a worker of a request that is in the phase named `kind`."""
         if kind == "transfer":
@@ -168,6 +174,11 @@ class Cluster:
         if isinstance(message, Outputs) and self._staged and not self._staged.done():
             for attempt in self._attempts(Phase.STAGED)[:1]:
                 self._staged.set_result(attempt)
+
+
+def held(member: Member) -> int:
+    """Blocks of KV cache, by its last heartbeat."""
+    return member.join.kv_blocks - member.load.free_blocks if member.load else 0
 
 
 async def until(condition: Callable[[], Found]) -> Found:

@@ -75,9 +75,11 @@ class Crowd:
 
     async def unbroken(self) -> list[Answer]:
         """The answer to each question while nothing happens."""
+        return list(await asyncio.gather(*map(self.ask, range(len(self._questions)))))
+
+    async def ask(self, question: int) -> Answer:
         async with aiohttp.ClientSession() as session:
-            asked = (self._ask(session, number) for number in range(len(self._questions)))
-            return list(await asyncio.gather(*asked))
+            return await self._ask(session, question)
 
     async def run(self, clients: int) -> None:
         """Until `stop`; then the last answers are awaited."""
