@@ -120,7 +120,8 @@ class Cluster:
         await asyncio.gather(*map(self.revive, self._roles))
 
     async def revive(self, name: str) -> None:
-        """Start this worker and wait until it has joined."""
+        """Start this worker, once its former self is gone, and wait until it has joined."""
+        await until(lambda: self.members.get(name) is None)
         common = ["--listen", "127.0.0.1", "--join", f"127.0.0.1:{self._port}"]
         role = ["--role", str(self._roles[name]), "--name", name]
         await self._nursery.bear([self._model, *common, *role, *self._arguments])

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.25
+LISTEN_S = 2.5 * HEARTBEAT_S  # who lives is heard by then
 REMEMBER_S = 600.0  # what is known of a worker that left
 
 
@@ -133,7 +134,7 @@ class Members:
         """One worker's membership: for `transport.listen`."""
         async with asyncio.timeout(10):
             join = await connection.expect(Join)
-        if reason := self._objection(join):
+        if reason := self._objection(join) or await self._name_taken(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
         record = self._recall(join)
@@ -172,6 +173,22 @@ class Members:
                     f"{other.name}'s. Start it from the same model files."
                 )
         return None
+
+    async def _name_taken(self, join: Join) -> str | None:
+        """Why this worker may not have its name, or None.
+
+        Whoever is still heard keeps it: two workers of one name would evict each other for ever.
+        A worker that comes back before its loss was noticed is the same, or its former self is
+        silent.
+        """
+        old = self.get(join.name)
+        if old is None or (old.join.pid, old.join.address) == (join.pid, join.address):
+            return None
+        heard = old.connection.bytes_read
+        await asyncio.sleep(LISTEN_S)
+        if self.get(join.name) is not old or old.connection.bytes_read == heard:
+            return None
+        return f"a worker called {join.name} is here already. Start it with another --name."
 
     def _recall(self, join: Join) -> Record:
         """The record of this name; those of workers that are gone for good are forgotten."""

@@ -8,7 +8,7 @@ import json
 import msgspec
 import pytest
 
-from scheduler.errors import BadRequest, Unavailable
+from scheduler.errors import BadRequest, SetupError, Unavailable
 from scheduler.messages import Role
 from scheduler.request import Grammar
 from serving import gateway
@@ -116,11 +116,13 @@ async def test_a_connection_breaks_and_the_worker_comes_back(cluster, make_ask, 
 
 
 async def test_a_worker_comes_back_before_its_loss_is_noticed(cluster, make_ask, unbroken, until):
-    """Two processes claim one name; the newer one has it, and takes over what the older had."""
+    """Two processes claim one name; the older one is silent, so the newer one takes over."""
     async with cluster("m", options=SLOW) as it:
         old = it.workers.pop("m")
 
         async def strike():
+            (link,) = old.service._memberships
+            await link._connection._sending.acquire()  # it is stopped: nothing comes any more
             it.start("m", Role.MIXED, options=SLOW)
             before = it.members.get("m")
             await until(lambda: it.members.get("m") not in (before, None))
@@ -128,6 +130,17 @@ async def test_a_worker_comes_back_before_its_loss_is_noticed(cluster, make_ask,
             await asyncio.gather(old.task, return_exceptions=True)
 
         assert await answer_while(it, make_ask(), 5, strike) == unbroken()
+
+
+async def test_a_name_that_somebody_alive_has_is_refused(cluster, make_ask, unbroken):
+    async with cluster("m", options=SLOW) as it:
+        first = it.workers.pop("m")
+        second = it.start("m", Role.MIXED, options=SLOW)
+        with pytest.raises(SetupError, match="called m is here already"):
+            await second.task
+        it.workers["m"] = first
+        assert await it.text(make_ask()) == unbroken()
+        assert it.members.lost == 0
 
 
 async def test_nobody_comes(cluster, make_ask, monkeypatch):
