@@ -183,17 +183,20 @@ def _means(options: argparse.Namespace, threads: int) -> Means:
 
 def _member(options: argparse.Namespace, model: Model, threads: int, secret: bytes) -> None:
     """A rank of a group that is not the first."""
+    from workers.group.gauge import gauge
     from workers.group.member import MemberConfig
     from workers.run import run_rank
 
+    means = _means(options, threads)
     config = MemberConfig(
         name=options.name,
         leader=options.join[0],
         secret=secret,
         listen_host=options.listen,
         advertise_host=options.advertise or "",
-        means=_means(options, threads),
+        means=means,
         weight=options.weight,
+        box=gauge(options.name, means) if options.weight is None else None,
         model=model.name,
         path=model.location,
         pid=os.getpid(),
@@ -392,7 +395,10 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
         help="of rank 0: where the other ranks join",
     )
     group.add_argument(
-        "--weight", type=float, default=1.0, metavar="W", help="share of the work (default 1)"
+        "--weight",
+        type=_weight,
+        metavar="W",
+        help="share of the work, relative to other ranks (default: measured and planned)",
     )
     group.add_argument(
         "--memory-cap",
@@ -461,6 +467,12 @@ def _engine_arguments(command: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="cut prompts so that no gap between tokens gets longer (default: no bound)",
     )
+
+
+def _weight(text: str) -> float:
+    if not 0 < (weight := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return weight
 
 
 def _count(text: str) -> int:

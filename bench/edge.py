@@ -182,6 +182,7 @@ def member_command(arm: Arm, number: int, found: Any, port: int, shards: Path) -
         command[-1] = found.location
     command += ["--group", "edge", "--join", f"127.0.0.1:{port}", "--name", f"rank-{number}"]
     command += ["--listen", "127.0.0.1", "--threads", str(arm.threads), "--shards", str(shards)]
+    command += ["--weight", "1"]
     command += ["--memory-cap", f"{arm.cap / 1e6}MB"] if arm.cap else []
     return command + ([] if arm.direct else ["--stream-cached"])
 

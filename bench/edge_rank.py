@@ -38,6 +38,7 @@ def main() -> None:
                 setup["threads"], setup["cap"], Path(setup["shards"]), direct=setup["direct"]
             ),
             weight=1.0,
+            box=None,
             listen_host="127.0.0.1",
             secret=secret,
             way=setup["way"],

@@ -62,14 +62,18 @@ class LocalWorkers:
         if self.ranks == 1 and not self.caps:
             return (), []
         address = f"127.0.0.1:{_free_port()}"
+        # Processes of one machine that may hold as much are alike: there is nothing to measure.
+        weight = () if len(set(self.caps)) > 1 else ("--weight", "1")
         caps = [("--memory-cap", f"{cap / 1e6}MB") for cap in self.caps]
         first = ("--rank", "0", "--ranks", str(self.ranks), "--group-listen", address)
         join = ("--listen", "127.0.0.1", "--join", address, "--group", name)
         others: list[WorkerSpec] = []
         for number in range(1, self.ranks):
             rank, cap = f"{name}-rank-{number}", caps[number] if caps else ()
-            others.append(WorkerSpec(rank, (*own, "--name", rank, *join, *cap), joins=False))
-        return ("--group", name, *first, *(caps[0] if caps else ())), others
+            others.append(
+                WorkerSpec(rank, (*own, "--name", rank, *join, *weight, *cap), joins=False)
+            )
+        return ("--group", name, *first, *weight, *(caps[0] if caps else ())), others
 
 
 @dataclass(frozen=True, slots=True)

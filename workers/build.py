@@ -69,7 +69,7 @@ class GroupSpec:
 
     listen: Address  # where the others join
     ranks: int  # to begin with
-    weight: float  # how much this rank computes, relative to the others
+    weight: float | None  # how much this rank computes, relative to the others; None: measured
     means: Means
     secret: bytes
     allreduce: str | None = None  # the way of every sum; None: the fastest, by size
@@ -186,6 +186,7 @@ def _group_runner(
     model: Model, options: EngineOptions, mode: Mode, batcher: Batcher, group: GroupSpec
 ) -> Runner:
     """Over the ranks that join within JOIN_S."""
+    from workers.group.gauge import gauge
     from workers.group.leader import Leader
     from workers.group.runner import GroupOptions, GroupRunner
 
@@ -200,6 +201,7 @@ def _group_runner(
         max_rows=options.max_rows,
         means=group.means,
         weight=group.weight,
+        box=gauge("0", group.means) if group.weight is None else None,
         listen_host=group.listen.host,
         secret=group.secret,
         way=group.allreduce,

@@ -16,9 +16,11 @@ from scheduler.request import Job, Limits, Prompt, Sampling
 from workers.engine import Engine
 from workers.fake import FakeText
 from workers.fast import FastRunner
+from workers.group.demand import demand_of
 from workers.group.leader import Leader
 from workers.group.member import MemberConfig, run_member
 from workers.group.part import Means
+from workers.group.plan import Box, load_of
 from workers.group.runner import GroupOptions, GroupRunner
 from workers.native import NativeRunner
 from workers.runner import CacheLost, Reading, Wishes
@@ -39,7 +41,7 @@ class Group:
         self.stops = {}
         self.threads = []
 
-    def config(self, name, weight):
+    def config(self, name, weight=1.0, box=None):
         return MemberConfig(
             name=name,
             leader=Address(*self.leader.address),
@@ -48,14 +50,15 @@ class Group:
             advertise_host="",
             means=self.means,
             weight=weight,
+            box=box,
             model="m",
             path="",
             pid=0,
         )
 
-    def join(self, name, weight=1.0):
+    def join(self, name, weight=1.0, box=None):
         stop = self.stops[name] = threading.Event()
-        thread = threading.Thread(target=run_member, args=(self.config(name, weight), stop))
+        thread = threading.Thread(target=run_member, args=(self.config(name, weight, box), stop))
         thread.start()
         self.threads.append(thread)
 
@@ -86,7 +89,7 @@ def make_runner(group):
     """Makes the runner of a group: the weights of its ranks, rank 0's first."""
     runners = []
 
-    def make(folder, weights=(1.0,), **options):
+    def make(folder, weights=(1.0,), box=None, **options):
         for number, weight in enumerate(weights[1:], 1):
             group.join(f"rank-{number}", weight)
         group.leader.wait_for(len(weights) - 1, 20)
@@ -100,6 +103,7 @@ def make_runner(group):
                     max_rows=64,
                     means=group.means,
                     weight=weights[0],
+                    box=box,
                     listen_host="127.0.0.1",
                     secret=SECRET,
                     **chosen,
@@ -299,12 +303,49 @@ def test_a_step_of_a_broken_group_says_that_its_cache_is_lost(make_runner, folde
     assert len(generate(runner)) == 12
 
 
+def measured(name, rate=1e4, **fields):
+    return Box(name, rate, 0.0, 1e12, **fields)
+
+
+def test_a_slow_rank_is_a_spare_until_the_model_needs_its_memory(make_runner, folder, group):
+    whole = open_checkpoint(folder, "int8")
+    demand = demand_of(whole, "int8", "fast", "float16", BLOCKS * 16, 64)
+    needed = load_of(demand, whole.shape)
+    first = measured("rank 0", cap=int(needed.streamable + needed.resident) - 1)
+    for name, rate in (("good", 1e4), ("slow", 10.0), ("slower", 1.0)):
+        group.join(name, None, measured(name, rate))
+    group.leader.wait_for(3, 20)
+    runner = make_runner(folder, [None], first, mode="fast", quantize="int8")
+
+    def ranks():
+        return [member.hello.name for member in runner._members]
+
+    assert ranks() == ["good"]
+    together = generate(runner)
+    group.lose("slower")
+    assert generate(runner) == together  # nobody minds
+    group.lose("good")
+    with pytest.raises(CacheLost):
+        generate(runner)
+    assert ranks() == ["slow"]
+    assert len(generate(runner)) == 12
+
+
+def test_measured_ranks_of_an_exact_group_share_by_their_rates(make_runner, folder, group):
+    group.join("half", None, measured("half", 1e4))
+    group.leader.wait_for(1, 20)
+    runner = make_runner(folder, [None], measured("rank 0", 2e4))
+    first, second = (share.ffn.count for share in runner._shares)
+    assert first > second
+    assert generate(runner) == generate(NativeRunner(open_checkpoint(folder), BLOCKS, 1))
+
+
 def test_ranks_that_never_come_are_asked_for(group):
     with pytest.raises(SetupError, match="0 of 2 ranks joined"):
         group.leader.wait_for(2, 0.01)
 
 
 def test_a_rank_of_another_model_is_refused(group):
-    config = replace(group.config("rank-1", 1.0), model="another")
+    config = replace(group.config("rank-1"), model="another")
     with pytest.raises(SetupError, match="serves m, not another"):
         run_member(config, threading.Event())

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError, SetupError
+from workers.group.gauge import PROBES, answer_probe
 from workers.group.links import accept, listener
-from workers.group.words import FROM_RANK, HELLO, Hello, Left, Ready, Refuse
+from workers.group.words import FROM_RANK, OFFER, Hello, Left, Ready, Refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +110,7 @@ class Leader:
         """Hear one member until it is lost."""
         member: Member | None = None
         try:
-            hello = link.hear(HELLO)
+            hello = _hello(link)
             if hello.model != self._model:
                 link.say(Refuse(f"this group serves {self._model}, not {hello.model}"))
                 return
@@ -153,3 +154,13 @@ class Leader:
 
 def _gone(member: Member, epoch: int) -> bool:
     return not member.alive or member.left >= epoch
+
+
+def _hello(link: Link) -> Hello:
+    """What a newcomer says of itself, once it has tried its link. Raises ProtocolError."""
+    for _ in range(PROBES + 1):
+        word = link.hear(OFFER)
+        if isinstance(word, Hello):
+            return word
+        answer_probe(link, word)
+    raise ProtocolError("a rank tries its link for ever")

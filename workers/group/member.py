@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from kernels.program import Span
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.formation import connect
+from workers.group.gauge import gauge_link
 from workers.group.links import dial, listener
 from workers.group.part import Means, Wanted, load_part
 from workers.group.ways import Combine, rehearse
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from scheduler.messages import Address
     from workers.group.links import Link
     from workers.group.part import Part
+    from workers.group.plan import Box
     from workers.group.words import ToRank
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,8 @@ class MemberConfig:
     listen_host: str  # for the links of other ranks
     advertise_host: str  # how they reach it; empty: as rank 0 sees it
     means: Means
-    weight: float  # how much it computes, relative to other ranks
+    weight: float | None  # how much it computes, relative to other ranks; None: as `box` says
+    box: Box | None  # what it can do
     model: str  # its name
     path: str  # of the model on this machine; empty: where rank 0 has it
     pid: int
@@ -110,16 +113,29 @@ def run_member(config: MemberConfig, stop: threading.Event) -> None:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
             pause = FIRST_PAUSE_S
-            control = Control(link)
             try:
-                _attend(config, server, control)
+                _belong(config, server, link)
             except (OSError, ProtocolError) as error:
                 logger.warning("rank 0 is lost: %s", error)
             finally:
-                control.close()
+                link.close()
 
 
-def _attend(config: MemberConfig, server: socket.socket, control: Control) -> None:
+def _belong(config: MemberConfig, server: socket.socket, link: Link) -> None:
+    """Try the link, if that matters, then be a member on it until rank 0 is lost."""
+    box = config.box
+    if box:
+        latency_s, rate = gauge_link(link)
+        box = replace(box, latency_s=latency_s, link_bytes_per_s=rate)
+        link.set_limit(0)
+    control = Control(link)
+    try:
+        _attend(config, server, control, box)
+    finally:
+        control.close()
+
+
+def _attend(config: MemberConfig, server: socket.socket, control: Control, box: Box | None) -> None:
     """One membership, until rank 0 is lost."""
     control.say(
         Hello(
@@ -129,6 +145,7 @@ def _attend(config: MemberConfig, server: socket.socket, control: Control) -> No
             model=config.model,
             path=config.path,
             weight=config.weight,
+            box=box,
             pid=config.pid,
         )
     )

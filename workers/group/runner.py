@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 from scheduler.errors import ProtocolError, SetupError
+from scheduler.models import BLOCK_TOKENS
+from workers.group.demand import demand_of
 from workers.group.formation import connect
+from workers.group.lineup import Lineup, Offer, line_up
 from workers.group.links import listener
 from workers.group.part import Means, Wanted, load_part
-from workers.group.partition import partition
 from workers.group.sharded import Embedder
 from workers.group.ways import ALWAYS, Combine, measure
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run, Use
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from workers.group.leader import Leader, Member
     from workers.group.part import Part
     from workers.group.partition import Share
+    from workers.group.plan import Box
     from workers.group.words import Word
     from workers.kv_cache import KvDtype
     from workers.runner import Sampled, Wishes
@@ -58,7 +61,8 @@ class GroupOptions:
     kv_blocks: int
     max_rows: int
     means: Means  # of rank 0
-    weight: float  # how much rank 0 computes, relative to the others
+    weight: float | None  # how much rank 0 computes, relative to the others; None: as `box` says
+    box: Box | None  # what rank 0 can do
     listen_host: str
     secret: bytes
     way: str | None = None  # of all allreduces; None: the fastest, by size
@@ -92,7 +96,16 @@ class GroupRunner:
         self._server = listener(options.listen_host, 0)
         self._sampler = Sampler()
         self._epoch = 0
-        self._members: list[Member] = []
+        self._demand = demand_of(
+            checkpoint,
+            options.quantize,
+            options.mode,
+            options.kv_dtype,
+            options.kv_blocks * BLOCK_TOKENS,
+            options.max_rows,
+        )
+        self._present: list[Member] = []  # with the spares
+        self._members: list[Member] = []  # ranks from 1 on
         self._mesh: Mesh
         self.part: Part
         self._shares: tuple[Share, ...]
@@ -104,8 +117,9 @@ class GroupRunner:
 
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
-        if self._leader.members() != self._members:  # the newcomer gets its share now
-            self._reform("a rank came or went")
+        present = self._leader.members()
+        if present != self._present and not self._stays(present):
+            self._reform("a rank came or went")  # the newcomer gets its share now
         try:
             return self._step(slices, wishes)
         except (OSError, ProtocolError) as error:
@@ -184,7 +198,8 @@ class GroupRunner:
         """Make one worker of all ranks that are there. Raises SetupError when it never stands."""
         for _ in range(ATTEMPTS):
             self._epoch += 1
-            self._members = self._leader.members()
+            self._present = self._leader.members()
+            self._members, self._shares = self._line_up(self._present)
             try:
                 if self._try():
                     logger.info("a group of %d ranks", self.ranks)
@@ -194,11 +209,22 @@ class GroupRunner:
             self._leader.settle(self._members, self._epoch, SETTLE_S)
         raise SetupError(f"the group's ranks broke {ATTEMPTS} formations; their logs say why")
 
+    def _line_up(self, present: list[Member]) -> Lineup:
+        own = Offer(self._options.weight, self._options.box)
+        return line_up(self._demand, self._options.mode, own, present)
+
+    def _stays(self, present: list[Member]) -> bool:
+        """Whether the formation is still the best: only spares came or went."""
+        if not all(member in present for member in self._members):
+            return False
+        if self._line_up(present).members != self._members:
+            return False
+        self._present = present
+        return True
+
     def _try(self) -> bool:
         """One formation with the members that we know; says whether it stands."""
         options, members = self._options, self._members
-        weights = [options.weight, *(member.hello.weight for member in members)]
-        self._shares = partition(self._shape, weights)
         peers = (
             Peer("rank 0", "", self._server.getsockname()[1]),
             *(Peer(member.hello.name, member.host, member.hello.port) for member in members),

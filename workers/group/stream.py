@@ -83,7 +83,7 @@ class Stream:
         self._ring = np.frombuffer(self._memory, np.uint8)
         self._places = _places([entry.padded for entry in entries], size)
         self._waits = _waits(self._places, [entry.padded for entry in entries])
-        self._file = _open(path, direct=direct)
+        self._file = open_file(path, direct=direct)
         self._news = threading.Condition()
         self._loaded = 0  # weights, counted over all steps
         self._consumed = 0
@@ -173,7 +173,8 @@ def load(path: Path, entry: Entry) -> Array:
     return data
 
 
-def _open(path: Path, *, direct: bool) -> int:
+def open_file(path: Path, *, direct: bool) -> int:
+    """A descriptor to read from; `direct` goes past the page cache where that can be."""
     if direct and hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECT)

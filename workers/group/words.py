@@ -9,6 +9,7 @@ from msgspec.msgpack import Decoder
 
 from scheduler.request import TokenIds
 from workers.group.partition import Share
+from workers.group.plan import Box
 from workers.kv_cache import KvDtype
 
 
@@ -27,8 +28,15 @@ class Hello(Word, frozen=True):
     port: int
     model: str  # its name: ranks of another are refused
     path: str  # of the model on its own disk, or empty
-    weight: float  # how much it computes, relative to others
+    weight: float | None  # how much it computes, relative to others; None: as `box` says
+    box: Box | None  # what it can do, where that was measured
     pid: int
+
+
+class Probe(Word, frozen=True):
+    """Before Hello, a few times: so many bytes follow, to be thrown away; a Probe comes back."""
+
+    size: int
 
 
 class Ready(Word, frozen=True):
@@ -140,7 +148,8 @@ FromRank: TypeAlias = Ready | Left | Beat
 ToRank: TypeAlias = Form | Refuse
 Order: TypeAlias = Run | Logits | Copy | Try | Use | Leave
 
-HELLO = Decoder(Hello)
+OFFER: Decoder[Probe | Hello] = Decoder(Probe | Hello)
+PROBE = Decoder(Probe)
 FROM_RANK: Decoder[FromRank] = Decoder(FromRank)
 TO_RANK: Decoder[ToRank] = Decoder(ToRank)
 INTRODUCE = Decoder(Introduce)

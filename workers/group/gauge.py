@@ -1,0 +1,137 @@
+"""What a rank can do, measured in a fraction of a second before it offers itself."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kernels import dispatch
+from kernels.program import Matrix, Pool, Program, Span, packed_bytes
+from scheduler.errors import ProtocolError, SetupError
+from workers.group.memory import used_bytes
+from workers.group.plan import Box
+from workers.group.shard_file import DATA
+from workers.group.stream import REQUEST, open_file
+from workers.group.words import PROBE, Probe
+
+if TYPE_CHECKING:
+    from workers.group.links import Link
+    from workers.group.part import Means
+
+KIND, SIDE, MATRICES = "Q4_0", 2048, 16  # 36 MB: more than the caches of most processors
+COMPUTE_S = 0.3
+OPENING = 16 << 20  # bytes that a process grows by until its weights are loaded
+STEP = 2**0.25  # what is measured is rounded so: the same machine gets the same shares next time
+DISK_BYTES = 64 << 20
+PINGS, BURSTS, BURST = 5, 3, 512 << 10
+PROBES = PINGS + BURSTS
+LIMIT_S = 10.0  # for rank 0 to answer
+
+
+def gauge(name: str, means: Means) -> Box | None:
+    """This process as a rank; what its link is like is not known yet (`gauge_link`).
+
+    None without the kernels that are measured. The disk matters only under a cap. Raises
+    SetupError if its folder cannot be written.
+    """
+    if not dispatch.instruction_sets():
+        return None
+    base = used_bytes() + OPENING
+    rate = disk_rate(means.shards, direct=means.direct) if means.memory_cap else 0.0
+    return Box(
+        name=name,
+        weights_per_s=_rounded(compute_rate(means.threads)),
+        latency_s=0.0,
+        link_bytes_per_s=1e12,
+        cap=means.memory_cap,
+        disk_bytes_per_s=_rounded(rate) if rate else 0.0,
+        base=-(-base // OPENING) * OPENING,
+    )
+
+
+def compute_rate(threads: int) -> float:
+    """Weights that are multiplied by one row in a second."""
+    size = packed_bytes(KIND, SIDE, SIDE)
+    program = Program(Pool(threads), 1)
+    acts, out = program.acts(SIDE), program.floats(SIDE)
+    acts.data[:] = 0
+    for _ in range(MATRICES):
+        program.matmul(Matrix.packed(KIND, SIDE, SIDE, np.ones(size, np.uint8)), acts, out)
+    times: list[float] = []
+    until = time.perf_counter() + COMPUTE_S
+    while len(times) < 3 or time.perf_counter() < until:
+        begun = time.perf_counter()
+        program.run([0], [Span(0, 1, 0, [0])], [])
+        times.append(time.perf_counter() - begun)
+    return MATRICES * SIDE * SIDE / min(times)  # undisturbed
+
+
+def disk_rate(shards: Path, *, direct: bool) -> float:
+    """Bytes/s of reading a shard that lies there, or else a file written for it."""
+    found = max(shards.glob(f"*/{DATA}"), key=lambda file: file.stat().st_size, default=None)
+    if found and found.stat().st_size >= REQUEST:
+        return _read_rate(found, direct=direct)
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=shards, prefix="gauge-") as file:
+            block = os.urandom(REQUEST)
+            for _ in range(DISK_BYTES // REQUEST):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return _read_rate(Path(file.name), direct=direct)
+    except OSError as error:
+        raise SetupError(
+            f"cannot try how fast {shards} is ({error}): give a folder with {DISK_BYTES >> 20} MiB "
+            "free with --shards, or say --weight"
+        ) from error
+
+
+def gauge_link(link: Link) -> tuple[float, float]:
+    """One-way latency and bytes/s to rank 0, which answers each Probe (`answer_probe`)."""
+    link.set_limit(LIMIT_S)
+    round_trip = min(_probe(link, b"") for _ in range(PINGS))
+    burst = bytes(BURST)
+    seconds = min(_probe(link, burst) for _ in range(BURSTS))  # the first ones open the window
+    return _rounded(round_trip / 2), _rounded(BURST / max(seconds - round_trip, 1e-6))
+
+
+def answer_probe(link: Link, probe: Probe) -> None:
+    """Raises ProtocolError for one that is larger than any of ours."""
+    if not 0 <= probe.size <= BURST:
+        raise ProtocolError(f"a probe of {probe.size} bytes")
+    link.receive_into(memoryview(bytearray(probe.size)))
+    link.say(Probe(0))
+
+
+def _rounded(value: float) -> float:
+    """To a power of STEP."""
+    return float(STEP ** round(math.log(value, STEP)))
+
+
+def _probe(link: Link, content: bytes) -> float:
+    begun = time.perf_counter()
+    link.say(Probe(len(content)))
+    link.send(content)
+    link.hear(PROBE)
+    return time.perf_counter() - begun
+
+
+def _read_rate(path: Path, *, direct: bool) -> float:
+    size = min(DISK_BYTES, path.stat().st_size // REQUEST * REQUEST)
+    buffer = memoryview(mmap.mmap(-1, REQUEST))
+    file = open_file(path, direct=direct)
+    try:
+        begun, done = time.perf_counter(), 0
+        while done < size and (count := os.preadv(file, [buffer], done)):
+            done += count
+        return done / (time.perf_counter() - begun)
+    finally:
+        os.close(file)
