@@ -9,9 +9,11 @@ cache of SmolLM2-135M and the live receiver, but no model: a token is drawn at o
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import subprocess
 import sys
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from scheduler.batching import Slice
     from workers.runner import Runner, Wishes
 
+HERE, THERE = "10.78.0.1", "10.78.0.2"
 SECRET = b"of this benchmark"
 SMOLLM2 = ModelShape(
     layers=30,
@@ -117,6 +120,35 @@ def cpu_s(pid: int) -> float:
     """CPU seconds of all threads of a process, on Linux."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def can_emulate() -> bool:
+    """Whether this machine lets us make a slow link."""
+    able = os.geteuid() == 0 and bool(shutil.which("ip") and shutil.which("tc"))
+    if not able:
+        print("left out: network namespaces need root and iproute2", file=sys.stderr)
+    return able
+
+
+@contextmanager
+def slow_link(rate: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Another host behind a link of so many bits: its address, and what runs a command there."""
+    far, near = f"motley-bench-{os.getpid()}", f"mb{os.getpid()}"[:14]
+
+    def command(words: str) -> None:
+        subprocess.run(words.split(), check=True, capture_output=True, timeout=10)
+
+    with ExitStack() as stack:
+        command(f"ip netns add {far}")
+        stack.callback(command, f"ip netns delete {far}")
+        command(f"ip link add {near} type veth peer far netns {far}")
+        command(f"ip address add {HERE}/24 dev {near}")
+        command(f"ip link set {near} up")
+        command(f"ip -n {far} address add {THERE}/24 dev far")
+        command(f"ip -n {far} link set far up")
+        command(f"ip -n {far} link set lo up")
+        command(f"tc qdisc add dev {near} root tbf rate {rate} burst 128kb latency 50ms")
+        yield THERE, ("ip", "netns", "exec", far)
 
 
 async def serve(host: str, blocks: int, dtype: str) -> None:
