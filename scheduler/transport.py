@@ -21,10 +21,10 @@ import msgspec
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.handshake import greet, introduce
 from scheduler.messages import HANDSHAKE, Anything, Refused, Wire
-from scheduler.vectored import advance, receive_some, send_all
+from scheduler.vectored import Reader, advance, send_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Connection:
         self.bytes_read = 0
         self.version = HANDSHAKE  # until both have said what they speak
         self._sock = sock
+        self._reader = Reader(sock)
         self._sending = asyncio.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Anything)
@@ -100,16 +101,13 @@ class Connection:
 
     async def send(self, message: Wire, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. The payload's memory must not change until this returns."""
-        header = self._encoder.encode(message)
         parts = [memoryview(part).cast("B") for part in payload]
         size = sum(part.nbytes for part in parts)
-        parts.insert(0, memoryview(_PREFIX.pack(_MAGIC, self.version, len(header), size) + header))
-        async with self._sending:
-            try:
-                await self._write(parts)
-            except BaseException:
-                self.close()  # a frame cut in the middle cannot be mended
-                raise
+        await self._send([*self._frame(message, size), *parts])
+
+    async def send_all(self, messages: Iterable[Wire]) -> None:
+        """Send these frames, in order, in as few calls as the socket takes."""
+        await self._send([part for message in messages for part in self._frame(message, 0)])
 
     async def receive(self, limit: int = MAX_HEADER) -> tuple[Wire, int]:
         """The next message, and the bytes of payload to be taken by `receive_into`."""
@@ -147,6 +145,19 @@ class Connection:
         await self._fill(list(views))
         self._payload = 0
 
+    def _frame(self, message: Wire, payload: int) -> tuple[memoryview, memoryview]:
+        header = self._encoder.encode(message)
+        prefix = _PREFIX.pack(_MAGIC, self.version, len(header), payload)
+        return memoryview(prefix), memoryview(header)
+
+    async def _send(self, parts: list[memoryview]) -> None:
+        async with self._sending:
+            try:
+                await self._write(parts)
+            except BaseException:
+                self.close()  # a frame cut in the middle cannot be mended
+                raise
+
     def close(self) -> None:
         """End the connection; whoever waits on it gets a ConnectionError. Idempotent."""
         self._closed = True
@@ -172,6 +183,7 @@ class Connection:
 
     def _close_descriptor(self) -> None:
         if self._closed and not self._pending:
+            self._reader.end()
             self._sock.close()
 
     async def _write(self, parts: list[memoryview]) -> None:
@@ -191,7 +203,7 @@ class Connection:
 
     async def _read(self, views: list[memoryview]) -> int:
         with self._operation():
-            count = await receive_some(self._sock, views)
+            count = await self._reader.some(views)
         if count == 0:
             raise ConnectionResetError(f"{self.remote} closed the connection")
         self.bytes_read += count
@@ -233,9 +245,13 @@ async def dial(host: str, port: int, secret: bytes, timeout: float = 5.0) -> Con
         sock = await _connect(host, port)
         try:
             connection = Connection(sock)
+        except OSError:
+            sock.close()
+            raise
+        try:
             await introduce(connection, secret)
         except BaseException:
-            sock.close()
+            connection.close()
             raise
     return connection
 

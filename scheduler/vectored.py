@@ -7,34 +7,67 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
 
 _MOST = 512  # buffers that one call takes: half of what Linux allows
 
 
 async def send_all(sock: socket.socket, parts: list[memoryview]) -> None:
     """Send byte views in order. The socket does not block; the list is used up."""
-    loop = asyncio.get_running_loop()
     while parts:
         try:
             count = sock.sendmsg(parts[:_MOST])
         except BlockingIOError:
-            await _possible(sock, loop.add_writer, loop.remove_writer)
+            await _writable(sock)
         else:
             advance(parts, count)
 
 
-async def receive_some(sock: socket.socket, views: list[memoryview]) -> int:
-    """Wait for bytes and fill byte views in order with them; gives their number, 0 at the end."""
-    loop = asyncio.get_running_loop()
-    while True:
+class Reader:
+    """Reads one socket, which does not block.
+
+    The event loop watches it from one read to the next: to begin a watch for each read costs more
+    than most reads. A watch that finds nobody waiting ends, and so must the reader before its
+    socket is closed.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._watching: asyncio.AbstractEventLoop | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def some(self, views: list[memoryview]) -> int:
+        """Wait for bytes and fill byte views in order with them; their number, 0 at the end."""
+        while True:
+            try:
+                count = self._sock.recvmsg_into(views[:_MOST])[0]
+            except BlockingIOError:
+                await self._readable()
+            else:
+                advance(views, count)
+                return count
+
+    def end(self) -> None:
+        """Watch no more. Idempotent."""
+        if self._watching:
+            self._watching.remove_reader(self._sock)
+            self._watching = None
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        if self._watching is None:
+            loop.add_reader(self._sock, self._ready)
+            self._watching = loop
         try:
-            count = sock.recvmsg_into(views[:_MOST])[0]
-        except BlockingIOError:
-            await _possible(sock, loop.add_reader, loop.remove_reader)
-        else:
-            advance(views, count)
-            return count
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _ready(self) -> None:
+        if self._waiter is None:
+            self.end()
+        elif not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def advance(views: list[memoryview], count: int) -> None:
@@ -48,15 +81,11 @@ def advance(views: list[memoryview], count: int) -> None:
         views[0] = views[0][count:]
 
 
-async def _possible(
-    sock: socket.socket,
-    watch: Callable[[socket.socket, Callable[[], None]], None],
-    leave: Callable[[socket.socket], bool],
-) -> None:
-    """Wait until the socket can be written, or read."""
-    ready = asyncio.get_running_loop().create_future()
-    watch(sock, lambda: None if ready.done() else ready.set_result(None))
+async def _writable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_writer(sock, lambda: None if ready.done() else ready.set_result(None))
     try:
         await ready
     finally:
-        leave(sock)
+        loop.remove_writer(sock)

@@ -222,7 +222,10 @@ class Members:
     async def _write(self, member: Member) -> None:
         with suppress(ConnectionError):
             while True:
-                await member.connection.send(await member.outbox.get())
+                words = [await member.outbox.get()]
+                while not member.outbox.empty():
+                    words.append(member.outbox.get_nowait())
+                await member.connection.send_all(words)
 
     async def _watch(self, member: Member) -> None:
         """Bytes are signs of life: a long message on a slow link is one."""

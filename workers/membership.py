@@ -124,11 +124,14 @@ class Membership:
     async def _write(self, connection: Connection) -> None:
         with suppress(ConnectionError):
             while True:
-                message = await self._outbox.get()
+                words = [await self._outbox.get()]
+                while not self._outbox.empty():
+                    words.append(self._outbox.get_nowait())
                 try:
-                    await connection.send(message)
+                    await connection.send_all(words)
                 finally:
-                    self._outbox.task_done()
+                    for _ in words:
+                        self._outbox.task_done()
 
     async def _beat(self, every_s: float) -> None:
         while True:
