@@ -51,8 +51,7 @@ class Outcome(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Find a route for this job, then say `routed` or `unroutable`.
 
     Workers in `avoid` failed it before; `split` is False once a hand-over has failed.
@@ -63,28 +62,24 @@ class Place:
     split: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True, gc=False):
     worker: str
     message: Wire
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, gc=False):
     """The prompt was accepted; said once, before any Deliver."""
 
     prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True, gc=False):
     """Give this to the client; in order within a choice, each token once."""
 
     output: Output
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True, gc=False):
     """Nothing follows. `error` is None when every choice finished or the client left."""
 
     error: MotleyError | None = None
@@ -101,6 +96,12 @@ class Ledger:
     sent: int = 0  # characters
     finished: bool = False
     early: dict[int, Output] = field(default_factory=dict)  # by position: came before its turn
+
+    def take(self, output: Output) -> None:
+        """The client gets this now."""
+        self.emitted += output.ids
+        self.sent += len(output.text)
+        self.finished = output.finish is not None
 
 
 @dataclass(slots=True)
@@ -181,14 +182,18 @@ class Generation:
         if attempt is None or output.choice not in attempt.choices:
             return []
         ledger = self.ledgers[output.choice]
-        attempt.gave(output.position)
+        if attempt.phase is not Phase.DECODING:
+            attempt.gave(output.position)
+        if output.finish is None and not ledger.early and output.position == len(ledger.emitted):
+            ledger.take(output)  # as nearly all are
+            return [Deliver(output)]
         ledger.early[output.position] = output
         instructions: list[Instruction] = []
         while (due := ledger.early.pop(len(ledger.emitted), None)) is not None:
-            ledger.emitted += due.ids
-            ledger.sent += len(due.text)
-            ledger.finished = due.finish is not None
+            ledger.take(due)
             instructions.append(Deliver(due))
+        if not ledger.finished:
+            return instructions
         if all(self.ledgers[choice].finished for choice in attempt.choices):
             del self.attempts[output.epoch]
             # The other end of the hand-over may not know yet, or never hear, that it is over.

@@ -168,7 +168,7 @@ class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     arguments: str = ""  # the pieces of one call, joined, are JSON
 
 
-class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+class Output(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one step gave one choice: ids[0] is the choice's token number `position`.
 
     `echo` and `cached` (prompt tokens whose KV was here already) come with the first output of a

@@ -102,12 +102,13 @@ class Placer:
 
     def emitted(self, placement: Placement, tokens: int) -> None:
         """A choice has so many tokens more after its first."""
-        gone = min(placement.left, tokens)
-        if gone and not placement.queued and not placement.ended:
+        if placement.left and not placement.queued and not placement.ended:
+            gone = tokens if tokens < placement.left else placement.left
+            decode = placement.chosen.decode
             placement.left -= gone
-            placement.decode.left -= gone
+            decode.left -= gone
             if placement.limit:
-                placement.decode.limited_left -= gone
+                decode.limited_left -= gone
 
     def arrived(self, placement: Placement) -> None:
         """The KV cache is on the decode worker."""

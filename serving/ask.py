@@ -32,7 +32,7 @@ class Ask(msgspec.Struct, frozen=True):
     wish: Wish = Wish()
 
 
-class Delta(msgspec.Struct, frozen=True):
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """A piece of one choice. `index` is prompt index · n + choice index, as OpenAI counts.
 
     `echo` comes with a choice's first piece, `cached` with that of a prompt's first choice.
@@ -62,6 +62,7 @@ class Stream(Protocol):
     """
 
     prompt_tokens: int  # over all prompts
+    eager: bool  # False: its reader need not hear of what lies between the first delta and the end
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 

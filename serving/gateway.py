@@ -73,6 +73,8 @@ class Gateway:
         self._members = members
         self._expected = expected
         self._live: dict[str, Live] = {}
+        self._models: dict[str, ModelInfo] = {}
+        self._models_as_of = members.revision
         self._numbers = itertools.count()
         self._inquiries = Inquiries(members)
         members.on_message = self._on_message
@@ -80,12 +82,14 @@ class Gateway:
 
     def models(self) -> list[ModelInfo]:
         """See Generator.models."""
-        found: dict[str, ModelInfo] = {}
-        for member in self._members.of():
-            join = member.join
-            info = ModelInfo(join.model, join.context_length, member.since)
-            found.setdefault(join.model, info)
-        return list(found.values())
+        if self._models_as_of != self._members.revision:
+            self._models.clear()
+            for member in self._members.of():
+                join = member.join
+                info = ModelInfo(join.model, join.context_length, member.since)
+                self._models.setdefault(join.model, info)
+            self._models_as_of = self._members.revision
+        return list(self._models.values())
 
     @property
     def ready(self) -> bool:
@@ -188,7 +192,11 @@ class Gateway:
             if placement.queued:
                 self._members.praise(worker)
             self.placing.output(live.generation.job, live.standing, placement, output)
-        self._obey(live, live.generation.output(output))
+        instructions = live.generation.output(output)
+        if output.finish is None and len(instructions) == 1:  # the next token, as nearly always
+            self._deliver(live, output)
+        else:
+            self._obey(live, instructions)
 
     def _handed_over(self, worker: str, live: Live, epoch: int) -> None:
         if placement := live.placements.get(epoch):
@@ -210,7 +218,7 @@ class Gateway:
         """Carry out what the state machine says, then settle the load that it left behind."""
         for instruction in instructions:
             if isinstance(instruction, Deliver):
-                self._deliver(live, instruction)
+                self._deliver(live, instruction.output)
             elif isinstance(instruction, Send):
                 self._members.post(instruction.worker, instruction.message)
             elif isinstance(instruction, Place):
@@ -219,23 +227,24 @@ class Gateway:
                 live.stream.start(instruction.prompt_tokens)
             else:
                 self._end(live, instruction)
-        for epoch in [e for e in live.placements if e not in live.generation.attempts]:
-            self.placing.end(live.generation.job, live.placements.pop(epoch))
+        if not live.placements.keys() <= live.generation.attempts.keys():
+            for epoch in live.placements.keys() - live.generation.attempts.keys():
+                self.placing.end(live.generation.job, live.placements.pop(epoch))
 
-    def _deliver(self, live: Live, instruction: Deliver) -> None:
-        output = instruction.output
-        live.echo = output.echo or live.echo  # sent once, for all choices
+    def _deliver(self, live: Live, output: Output) -> None:
+        if output.echo:
+            live.echo = output.echo  # sent once, for all choices
         live.stream.feed(
             Delta(
-                index=live.first_index + output.choice,
-                text=output.text,
-                tokens=len(output.ids),
-                logprobs=output.logprobs,
-                finish=output.finish,
-                calls=output.calls,
-                echo=None if output.position else live.echo,
-                cached=output.cached,
-                embedding=output.embedding,
+                live.first_index + output.choice,
+                output.text,
+                len(output.ids),
+                output.logprobs,
+                output.finish,
+                output.calls,
+                None if output.position else live.echo,
+                output.cached,
+                output.embedding,
             )
         )
 

@@ -69,6 +69,7 @@ class Members:
         self.on_message: Callable[[str, Wire], None] = lambda worker, message: None
         self.on_lost: Callable[[str], None] = lambda worker: None
         self.lost = 0
+        self.revision = 0  # grows whenever a worker comes or goes
         self.router = secrets.token_hex(4)  # this router's id: several may share their workers
         self.clock = clock
         self._members: dict[str, Member] = {}
@@ -145,6 +146,7 @@ class Members:
             if old := self._members.get(join.name):
                 self._remove(old)  # it came back before we noticed that it was gone
             self._members[join.name] = member
+            self.revision += 1
             self.fleet(join.model).add(member.worker)
             logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
             async with self._changed:
@@ -248,6 +250,7 @@ class Members:
                 self.blame(member.join.name)
             member.record.left = self.clock()
             del self._members[member.join.name]
+            self.revision += 1
             self.fleet(member.join.model).remove(member.join.name)
             self.lost += 1
             logger.info("worker %s left", member.join.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from serving.ask import Delta
+
+Metric = TypeVar("Metric", Counter, Histogram)
 
 # The label of a model that nobody serves: clients must not make new time series by asking.
 UNKNOWN_MODEL = "unknown"
@@ -70,6 +72,7 @@ class Metrics:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "motley_requests_total",
@@ -134,15 +137,23 @@ class Metrics:
 
     def _export(self, record: RequestRecord) -> None:
         model = record.model
-        self._requests.labels(model, str(record.code)).inc()
+        self._of(self._requests, model, str(record.code)).inc()
         if record.code == OK:
-            self._duration.labels(model).observe(record.age)
-        if record.ttft is not None:
-            self._ttft.labels(model).observe(record.ttft)
-        if record.tpot is not None:
-            self._tpot.labels(model).observe(record.tpot)
+            self._of(self._duration, model).observe(record.age)
+        if (ttft := record.ttft) is not None:
+            self._of(self._ttft, model).observe(ttft)
+        if (tpot := record.tpot) is not None:
+            self._of(self._tpot, model).observe(tpot)
         if record.prompt_tokens:
-            self._prompt_tokens.labels(model).inc(record.prompt_tokens)
-            self._cached_tokens.labels(model).inc(record.cached_tokens)
+            self._of(self._prompt_tokens, model).inc(record.prompt_tokens)
+            self._of(self._cached_tokens, model).inc(record.cached_tokens)
         if record.completion_tokens:
-            self._generation_tokens.labels(model).inc(record.completion_tokens)
+            self._of(self._generation_tokens, model).inc(record.completion_tokens)
+
+    def _of(self, metric: Metric, *labels: str) -> Metric:
+        """The time series of these labels: the client's own look-up costs much more."""
+        key = (metric, labels)
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = metric.labels(*labels)
+        return series

@@ -18,11 +18,13 @@ class Stream:
 
     def __init__(self, generations: int) -> None:
         self.prompt_tokens = 0
+        self.eager = True
+        self._fed = False
         self._unaccepted = generations
         self._unfinished = generations
         self._deltas: deque[Delta] = deque()
         self._error: MotleyError | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     async def accepted(self) -> None:
         """Wait until every prompt is accepted. Raises what ended the request instead."""
@@ -44,18 +46,27 @@ class Stream:
     def start(self, prompt_tokens: int) -> None:
         self.prompt_tokens += prompt_tokens
         self._unaccepted -= 1
-        self._changed.set()
+        self._wake()
 
     def feed(self, delta: Delta) -> None:
         self._deltas.append(delta)
-        self._changed.set()
+        if self._waiter is not None and (self.eager or not self._fed):
+            self._fed = True
+            self._wake()
 
     def end(self, error: MotleyError | None) -> None:
         """One generation has ended; an error ends them all."""
         self._unfinished -= 1
         self._error = self._error or error
-        self._changed.set()
+        self._wake()
 
     async def _wait(self) -> None:
-        await self._changed.wait()
-        self._changed.clear()
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import structs
 
@@ -24,6 +24,8 @@ from serving.wish import read_wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from aiohttp.abc import AbstractStreamWriter
 
     from serving.ask import Generator, Stream
     from serving.metrics import Metrics, RequestRecord
@@ -39,6 +41,9 @@ _SSE_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold events back
 }
+
+
+_UNSEEN_MOST = 1 << 14  # bytes
 
 
 class Dialect(NamedTuple):
@@ -97,6 +102,7 @@ class Endpoints:
         collected = Collected()
         async with self._generator.open(call.ask) as stream:
             _accept(record, call, stream)
+            stream.eager = False
             async for delta in stream:
                 record.saw(delta)
                 collected.add(delta)
@@ -136,7 +142,12 @@ class Events:
 
     def __init__(self, request: web.Request, stall_s: float) -> None:
         self.response = web.StreamResponse(headers=_SSE_HEADERS)
+        if request.version >= HttpVersion11:
+            self.response.enable_chunked_encoding()
         self.begun = False
+        self._writer: AbstractStreamWriter | None = None
+        self._first_sent = False
+        self._unseen = 0  # bytes written since the transport was asked whether it has room
         self._request = request
         self._stall_s = stall_s
 
@@ -145,18 +156,38 @@ class Events:
         return self._request[REQUEST_ID]
 
     async def begin(self) -> None:
-        """Send the headers. Raises ClientLeft."""
+        """Have the headers leave before the first event. Raises ClientLeft."""
         self.begun = True
         try:
-            await self.response.prepare(self._request)
+            self._writer = await self.response.prepare(self._request)
         except ConnectionError:
             raise ClientLeft from None
 
     async def send(self, event: bytes) -> None:
-        """Returns when the client's socket has room for more. Raises ClientLeft."""
+        """Returns when the client's socket has room for more. Raises ClientLeft.
+
+        Only the first event goes through aiohttp, with the headers. An event is small and they are
+        many, so the others are framed here; what the transport has not sent is looked at now and
+        then.
+        """
+        self._unseen += len(event)
+        if self._unseen < _UNSEEN_MOST and self._first_sent:
+            transport = self._request.transport
+            if transport is None or transport.is_closing():
+                raise ClientLeft
+            if self.response.chunked:
+                event = b"%x\r\n%b\r\n" % (len(event), event)
+            transport.write(event)
+            return
+        self._unseen, self._first_sent = 0, True
+        await self._drained(event)
+
+    async def _drained(self, event: bytes) -> None:
         try:
             async with asyncio.timeout(self._stall_s):
                 await self.response.write(event)
+                if self._writer:
+                    await self._writer.drain()
         except ConnectionError:
             raise ClientLeft from None
         except TimeoutError:
@@ -173,6 +204,8 @@ async def read_body(request: web.Request, limits: HttpLimits) -> bytes:
     if (request.content_length or 0) > limits.body_bytes:
         raise too_large
     try:
+        if request.content.is_eof():  # it is here already
+            return await request.read()
         async with asyncio.timeout(limits.body_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:

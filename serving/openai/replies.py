@@ -148,9 +148,21 @@ class Reply(ABC):
         self._event_head = b"data: " + self._head
         self._event_tail = b'],"usage":null}\n\n' if call.include_usage else b"]}\n\n"
         self._with_logprobs = ask.sampling.logprobs is not None
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # around a text, by choice
 
     def chunk(self, delta: Delta) -> bytes:
         """The event that carries `delta`."""
+        frame = self._frames.get(delta.index)
+        if frame and delta.finish is None and not delta.calls:
+            return b"".join((frame[0], _encode(delta.text), frame[1]))
+        event = self._event(delta)
+        if frame is None and not self._with_logprobs:
+            text = Delta(delta.index, "", 1)  # as all are that only add text to what has begun
+            before, _, after = self._event(text).rpartition(b'""')
+            self._frames[delta.index] = before, after
+        return event
+
+    def _event(self, delta: Delta) -> bytes:
         return b"".join((self._event_head, _encode(self._piece(delta)), self._event_tail))
 
     def usage_chunk(self, usage: Usage) -> bytes:
