@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+from contextlib import ExitStack
 
 import openai
 import pytest
@@ -117,19 +118,57 @@ async def test_a_second_signal_ends_everything_at_once(serve, until, number):
         assert cluster.alive(below) == []
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def router(port: int) -> tuple[str, ...]:
+    """Arguments of `motley serve` without workers of its own."""
+    return (SLOW, "--prefill", "0", "--decode", "0", "--cluster", f"127.0.0.1:{port}")
+
+
+def worker(name: str, *ports: int) -> tuple[str, ...]:
+    """Arguments of `motley` for a worker of the routers at these ports."""
+    routers = ",".join(f"127.0.0.1:{port}" for port in ports)
+    return ("worker", SLOW, "--listen", "127.0.0.1", "--join", routers, "--name", name)
+
+
 @pytest.mark.asyncio
 async def test_a_router_that_was_killed_and_starts_again_finds_its_workers(serve, launch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    alone = ("--prefill", "0", "--decode", "0", "--cluster", f"127.0.0.1:{port}")
-    join = ("worker", SLOW, "--listen", "127.0.0.1", "--join", f"127.0.0.1:{port}", "--name")
-    answers = []
-    with launch(*join, "a", environment=SECRET), launch(*join, "b", environment=SECRET):
+    port, answers = free_port(), []
+    with ExitStack() as stack:
+        for name in ("a", "b"):
+            stack.enter_context(launch(*worker(name, port), environment=SECRET))
         for _ in range(2):
-            with serve(SLOW, *alone, environment=SECRET) as cluster:
+            with serve(*router(port), environment=SECRET) as cluster:
                 cluster.wait_for("worker a joined")
                 cluster.wait_for("worker b joined")
                 async with client(cluster) as api:
                     answers.append(await whole(api, 20))
                 cluster.stop(signal.SIGKILL)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.asyncio
+async def test_one_of_two_routers_dies_and_the_others_streams_go_on(serve, launch):
+    ports = free_port(), free_port()
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(serve(*router(p), environment=SECRET)) for p in ports)
+        for name in ("a", "b"):
+            stack.enter_context(launch(*worker(name, *ports), environment=SECRET))
+            one.wait_for(f"worker {name} joined")
+            two.wait_for(f"worker {name} joined")
+        async with client(one) as first, client(two) as second:
+            unbroken = await whole(first, 60)
+            streams = [texts(second, 60) for _ in range(2)]
+            begun = [await anext(stream) for stream in streams]
+            lost = texts(first, 60)
+            await anext(lost)
+            one.stop(signal.SIGKILL)
+            with pytest.raises((openai.APIError, OSError)):
+                async for _ in lost:
+                    pass
+            for beginning, stream in zip(begun, streams, strict=True):
+                assert beginning + "".join([text async for text in stream]) == unbroken
+            assert await whole(second, 60) == unbroken
