@@ -125,6 +125,7 @@ def summary(result: Toll, count: int, bound: float) -> dict[str, object]:
         "requests": result.requests,
         "requests hit": result.hit,
         "lost": result.lost,
+        "errors": result.errors,
         "wrong text": result.wrong,
         "missing or repeated tokens": result.miscounted,
         "extra gap p50 s": round(result.gap(0.5), 3),

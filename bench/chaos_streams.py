@@ -153,6 +153,7 @@ class Toll:
     lost: int  # ended with an error, or without an end
     wrong: int  # other text than in the unbroken run
     miscounted: int  # other number of tokens: missing or repeated ones
+    errors: tuple[str, ...]  # what the lost ones were told
     hits: tuple[tuple[Blow, float], ...]  # of each hit request: s without a piece, beyond its pace
 
     @property
@@ -180,5 +181,6 @@ def toll(answers: list[Answer], unbroken: list[Answer], blows: list[Blow]) -> To
         lost=len(answers) - len(whole),
         wrong=sum(a.text != unbroken[a.question].text for a in whole),
         miscounted=sum(a.tokens != unbroken[a.question].tokens for a in whole),
+        errors=tuple(sorted({answer.error or "no end" for answer in answers if not answer.whole})),
         hits=tuple(hits),
     )
