@@ -92,7 +92,7 @@ class Connection:
     @property
     def rate(self) -> float | None:
         """Bytes per second that the network takes from us, if the system measures it."""
-        if not hasattr(socket, "TCP_INFO"):
+        if self._closed or not hasattr(socket, "TCP_INFO"):
             return None
         info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _DELIVERY_RATE + 8)
         if len(info) < _DELIVERY_RATE + 8:

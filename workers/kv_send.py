@@ -230,7 +230,7 @@ class KvSender:
         async with asyncio.timeout(limits.reserve_s):
             reserved = await link.connection.expect(Reserved)
         link.share(reserved.memory)
-        usable = [codec for codec in limits.codecs if codec in (RAW, *reserved.codecs)]
+        usable = [codec for codec in limits.codecs if codec in (RAW, *reserved.codecs)] or [RAW]
         rate = None if link.shares else self._rates.get(link.connection.remote)
         codec = choose(usable, self._cache.dtype, rate, self._made)
         return Lease(link, job, self._cache, reserved.checksum, codec, limits)

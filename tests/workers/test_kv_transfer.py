@@ -33,7 +33,7 @@ from workers.kv_cache import KvCache
 from workers.kv_memory import host
 from workers.kv_receive import KvReceiver
 from workers.kv_send import KvSender
-from workers.kv_wire import Limits
+from workers.kv_wire import Limits, seal
 
 pytestmark = pytest.mark.asyncio
 
@@ -458,6 +458,34 @@ async def test_the_prompt_of_a_reservation_is_ids(linked, make_job):
         message, _ = await connection.receive()
         assert isinstance(message, Refused)
         connection.close()
+
+
+async def test_a_decode_worker_of_the_version_before_gets_whole_layers_at_the_end(linked, job):
+    words = []
+
+    async def receive(connection) -> None:
+        await connection.expect(Reserve)
+        await connection.send(Reserved(*KEY))
+        while not words or not isinstance(words[-1], Commit):
+            words.append((await connection.receive())[0])
+        await connection.send(Committed(*KEY))
+
+    limits = replace(LIMITS, codecs=("int4",))
+    async with linked(limits=limits) as link, listen("127.0.0.1", 0, SECRET, receive) as bound:
+        link.peer = Peer("older", Address(*bound))
+        await link.hand_over(job)
+        assert words == [blocks(), seal(Commit(*KEY, (FirstToken(0, 32, 1),)))]
+
+
+async def test_the_rate_of_a_link_is_known_once_something_was_sent(linked, job):
+    async with linked(limits=replace(LIMITS, share=False)) as link:
+        async with link.sender.reserve(job, link.peer) as lease:
+            await lease.push(link.prefill.loop.prefill(job, PROMPT, lease.watch))
+        connection = link.connections[0]
+        assert connection.rate is None or connection.rate > 0
+        connection.close()
+        assert connection.rate is None
+        link.prefill.loop.release(KEY)
 
 
 @pytest.mark.parametrize("cut", [0, 1, HALF])
