@@ -1,4 +1,4 @@
-"""The gaps between tokens that HTTP clients see; a part of bench/latency.py and bench/memory.py."""
+"""What HTTP clients see of tokens; a part of bench/latency.py, memory.py and fidelity.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def _gaps(
         warm = asyncio.Event()
 
         async def follow(index: int) -> None:
-            async for now in _pieces(session, url, model, streams[index], tokens):
+            async for now in pieces(session, url, model, streams[index], tokens):
                 times[index].append(now)
                 if min(map(len, times)) >= WARM_TOKENS:
                     warm.set()
@@ -49,7 +49,7 @@ async def _gaps(
             tasks = [group.create_task(follow(index)) for index in range(len(streams))]
             await asyncio.wait_for(warm.wait(), SILENCE_S)
             begin = time.perf_counter()
-            ends = [now async for now in _pieces(session, url, model, long, 1)]
+            ends = [now async for now in pieces(session, url, model, long, 1)]
             if any(task.done() for task in tasks):
                 raise RuntimeError("a stream ended before the long prompt's first token")
             for task in tasks:
@@ -62,7 +62,7 @@ async def _gaps(
         ]
 
 
-async def _pieces(
+async def pieces(
     session: aiohttp.ClientSession, url: str, model: str, prompt: Tokens, tokens: int
 ) -> AsyncIterator[float]:
     """When each piece of the answer arrives."""

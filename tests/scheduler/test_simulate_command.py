@@ -55,6 +55,17 @@ def test_a_seed_gives_one_answer_and_the_table_says_it(files, capsys):
     assert "both limits met by" in capsys.readouterr().out
 
 
+def test_the_fast_form_answers_alike(files, capsys):
+    answers = []
+    for words in ([], ["--coarse"]):
+        main(["simulate", *files, "--rate", "4", "--requests", "500", "--json", *words])
+        answers.append(json.loads(capsys.readouterr().out)["workers"]["runs"][0])
+    steps, fast = answers
+    assert fast["attainment"] == pytest.approx(steps["attainment"], abs=0.05)
+    assert fast["ttft_ms"]["p50"] == pytest.approx(steps["ttft_ms"]["p50"], rel=0.1)
+    assert fast["events"] < steps["events"]
+
+
 def test_goodput_is_the_highest_rate_that_holds(files, capsys):
     main(["simulate", *files, "--requests", "300", "--goodput", "40", "--json"])
     best = json.loads(capsys.readouterr().out)["workers"]["goodput"]
