@@ -55,7 +55,6 @@ GROUPS = Path("/sys/fs/cgroup/cpu")  # v1
 FIRST = "20480"  # CPU shares with a cap: the cap, not who else computes, says how fast we are
 KV_TOKEN_BYTES = 2 * 30 * 3 * 64 * 2  # SmolLM2-135M: layers, kv heads, head dim, fp16
 LINK_BYTES_S = 5e8  # loopback, beside everything else
-LIMITS = 3.0, 1.5  # TTFT limit in prefills of the longest prompt, TPOT limit in lone steps
 
 
 @dataclass(slots=True)
@@ -87,7 +86,8 @@ def main() -> None:
             for arm in options.arms
             for number, rate in enumerate(options.rates)
         ]
-    rows = [row for run in runs for row in _compare(run, _other(run, runs))]
+    limits = options.ttft_ms / 1e3, options.tpot_ms / 1e3
+    rows = [row for run in runs for row in _compare(run, _other(run, runs), limits)]
     if options.json:
         print(json.dumps({"conditions": _conditions(options), "rows": rows}, indent=2))
         return
@@ -109,6 +109,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.4, 0.8], help="requests/s")
     parser.add_argument("--requests", type=int, default=60, help="of a run")
     parser.add_argument("--cap", type=float, help="share of a core that a worker may use (root)")
+    parser.add_argument("--ttft-ms", type=float, default=2000.0, help="limit (default 2000)")
+    parser.add_argument("--tpot-ms", type=float, default=30.0, help="limit (default 30)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -120,6 +122,8 @@ def _conditions(options: argparse.Namespace) -> dict[str, Any]:
         "load": [round(value, 2) for value in os.getloadavg()],
         "cap": options.cap,
         "requests": options.requests,
+        "ttft_ms": options.ttft_ms,
+        "tpot_ms": options.tpot_ms,
         "model": options.model,
         "seed": options.seed,
     }
@@ -259,9 +263,9 @@ def _other(run: Run, runs: list[Run]) -> Run:
     return next((each for each in runs if each.arm == run.arm and each is not run), run)
 
 
-def _compare(run: Run, other: Run) -> list[dict[str, Any]]:
+def _compare(run: Run, other: Run, limits: tuple[float, float]) -> list[dict[str, Any]]:
     return [
-        _row(run, source, [_cost(steps, every) for steps in fitted.steps])
+        _row(run, source, [_cost(steps, every) for steps in fitted.steps], limits)
         for source, fitted in (("other run", other), ("this run", run))
         for every in [[step for steps in fitted.steps for step in steps]]
     ]
@@ -271,16 +275,16 @@ def _cost(steps: list[tuple[StepShape, float]], every: list[tuple[StepShape, flo
     return fit(steps or every, kv_token_bytes=KV_TOKEN_BYTES, link_bytes_s=LINK_BYTES_S)
 
 
-def _row(run: Run, source: str, costs: list[CostModel]) -> dict[str, Any]:
+def _row(
+    run: Run, source: str, costs: list[CostModel], limits: tuple[float, float]
+) -> dict[str, Any]:
     workers = [
         WorkerSpec(f"w{at}", role, cost, KV_TOKENS)
         for at, (role, cost) in enumerate(zip(ARMS[run.arm], costs, strict=True))
     ]
     outcome = simulate(workers, run.requests)  # no limits, as they were sent
-    ttft_s = LIMITS[0] * costs[0].prefill_s(PROMPTS[1])
-    tpot_s = LIMITS[1] * costs[-1].decode_step_s(1, sum(PROMPTS) / 2)
-    real = float(np.mean((run.ttft <= ttft_s) & (run.tpot <= tpot_s)))
-    simulated = float(outcome.met(ttft_s, tpot_s).mean())
+    real = float(np.mean((run.ttft <= limits[0]) & (run.tpot <= limits[1])))
+    simulated = float(outcome.met(*limits).mean())
     row: dict[str, Any] = {"arm": run.arm, "rate": run.rate, "fitted to": source}
     for name, ours, theirs in (("TTFT", outcome.ttft, run.ttft), ("TPOT", outcome.tpot, run.tpot)):
         medians = 1e3 * float(np.median(theirs)), 1e3 * float(np.median(ours))
