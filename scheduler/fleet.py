@@ -136,6 +136,11 @@ class Worker:
         """The share of its time that goes to prompts."""
         return min(MOST_MIXED, self._mixed * math.exp((self._mixed_at - now) / MIXING_S))
 
+    def slowing(self, stall: float, now: float) -> float:
+        """By what factor so many more seconds of prompts make its steps longer."""
+        mixed = self.mixed(now)
+        return (1 - mixed) / (1 - min(MOST_MIXED, mixed + stall / MIXING_S))
+
     def tpot_s(self, more: int, context: float, now: float) -> float:
         """Seconds between two tokens with so many further sequences."""
         running = self.running + self.others_running

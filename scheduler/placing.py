@@ -102,13 +102,20 @@ class Placer:
 
     def emitted(self, placement: Placement, tokens: int) -> None:
         """A choice has so many tokens more after its first."""
-        if placement.left and not placement.queued and not placement.ended:
-            gone = tokens if tokens < placement.left else placement.left
-            decode = placement.chosen.decode
-            placement.left -= gone
-            decode.left -= gone
-            if placement.limit:
-                decode.limited_left -= gone
+        if placement.queued or placement.ended:
+            return
+        gone = tokens if tokens < placement.left else placement.left
+        decode = placement.chosen.decode
+        placement.left -= gone
+        decode.left -= gone
+        if placement.limit:
+            decode.limited_left -= gone
+            if tokens > gone:
+                # Tokens beyond those predicted are allowed their time too: else whoever is longer
+                # than was thought would look late, and keep others out.
+                more = placement.demand.tpot_s * (tokens - gone)
+                placement.limit += more
+                decode.allowed += more
 
     def arrived(self, placement: Placement) -> None:
         """The KV cache is on the decode worker."""

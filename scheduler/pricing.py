@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.cost import context_sum
+from scheduler.messages import Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -131,11 +132,15 @@ class Pricer:
     def whole(self, prompt: Prompted, output: Decoded) -> Price:
         """Both on one worker, which holds up everybody there while it computes the prompt."""
         room = max(0.0, output.room - prompt.wait)
-        ttft = prompt.ttft + room
-        late = self._late(ttft, output.tpot) + _harm(output, prompt.stall)
         worker, cost, wait = prompt.worker, prompt.cost + output.cost, prompt.wait + room
+        ttft, tpot = prompt.ttft + room, output.tpot
+        if worker.role is Role.DECODE:
+            # What slows it down are prompts like this one: without its own share, a decode worker
+            # that computes prompts would never look faster to those that are computed elsewhere.
+            tpot *= worker.slowing(prompt.stall, self._now)
+        late = self._late(ttft, tpot) + _harm(output, prompt.stall)
         others = prompt.stall * worker.running
-        return Price(late, cost, ttft, output.tpot, wait, others, worker, worker)
+        return Price(late, cost, ttft, tpot, wait, others, worker, worker)
 
     def split(self, prompt: Prompted, output: Decoded) -> Price:
         """On two: blocks on the decode worker are reserved before prefill begins."""

@@ -95,6 +95,19 @@ def test_slack_is_what_a_limit_allows_beyond_todays_pace():
     assert m.slack_s(0.03, 1.0 + 5 * 0.03 + 0.2) == pytest.approx(0.5)  # a stall does not
 
 
+def test_one_that_is_longer_than_was_predicted_does_not_look_late_for_it():
+    m = worker("m")
+    it = placer(m)
+    placement = it.place(Demand(10, 11, tpot_s=0.1), Chain(), 0.0)
+    it.first(placement, 0.0)
+    it.emitted(placement, 10)
+    before = m.slack_s(0.03, 10 * 0.03)
+    it.emitted(placement, 100)
+    assert m.slack_s(0.03, 110 * 0.03) == pytest.approx(before + 100 * (0.1 - 0.03))
+    it.end(placement, 4.0)
+    assert (m.limited, m.allowed, m.limited_left) == (0, 0, 0)
+
+
 def test_requests_that_begin_alike_meet_where_the_beginning_is_and_a_report_corrects_that():
     workers = [worker("a"), worker("b")]
     it = placer(*workers)

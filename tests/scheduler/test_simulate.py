@@ -261,6 +261,19 @@ def test_what_cannot_be_simulated_is_named(workers, load, said):
         simulate(workers, load)
 
 
+def test_decode_workers_do_not_take_the_prompts_that_prefill_workers_have_room_for():
+    """Both routes' paces are those of the decode worker, which prompts make slow: a way in only."""
+    cost = CostModel(0.02, 2e-4, 2e-8, 2e-4, 2e-7, "assumed", kv_token_bytes=1e5)
+    workers = [WorkerSpec(f"p{at}", Role.PREFILL, cost, 60_000) for at in range(6)]
+    workers += [WorkerSpec(f"d{at}", Role.DECODE, cost, 90_000) for at in range(2)]
+    load = conversation(8.0, seed=1, count=800)
+    met = [
+        simulate(workers, load, policy=POLICIES[policy], slo=slo).met(1.0, 0.07).mean()
+        for policy, slo in (("priced", Slo(1000, 70)), ("least-load", None))
+    ]
+    assert met[0] > met[1]
+
+
 # ── the fast form ───────────────────────────────────────────────────────────────────────────────
 
 SLO = Slo(ttft_ms=1200, tpot_ms=60)
