@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from scheduler.routing import Route
 
-FRUITLESS = 5  # attempts in a row that give no token: something other than bad luck is at work
+FRUITLESS = 8  # attempts in a row that give no token: something other than bad luck is at work
 MOST_ATTEMPTS = 50  # of one choice, were each to give a token and then kill its worker
 
 

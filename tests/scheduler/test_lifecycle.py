@@ -423,7 +423,7 @@ def test_the_last_attempt_of_one_choice_ends_the_others_too():
     generation.worker_lost("m")  # from here on two attempts: 2 and 3
     generation.routed(2, Route("n"))
     generation.routed(3, Route("o"))
-    for epoch in (2, 4, 5, 6):
+    for epoch in (2, *range(4, FRUITLESS + 2)):
         generation.failed("n", failure(epoch))
         generation.routed(epoch + (2 if epoch == 2 else 1), Route("n"))
     *cancels, end = generation.worker_lost("n")
@@ -435,12 +435,12 @@ def test_the_last_attempt_of_one_choice_ends_others_that_the_same_loss_has_hit()
     generation = accepted(0, 1, route=WHOLE)
     generation.output(out(1, 0))
     generation.worker_lost("m")
-    for epoch in (2, 4, 5, 6):  # choice 0 has its fifth attempt in vain, epoch 7, before ...
+    for epoch in (2, *range(4, FRUITLESS + 2)):  # choice 0 begins its last attempt, before ...
         generation.failed("n", failure(epoch))
-    generation.failed("n", failure(3))  # ... choice 1 has its second, epoch 8
-    generation.routed(7, Route("n"))
-    generation.routed(8, Route("n"))
+    generation.failed("n", failure(3))  # ... choice 1 begins its second
+    for epoch in (FRUITLESS + 2, FRUITLESS + 3):
+        generation.routed(epoch, Route("n"))
     *cancels, end = generation.worker_lost("n")
-    assert cancels == [Send("n", Cancel("r", 8))]
+    assert cancels == [Send("n", Cancel("r", FRUITLESS + 3))]
     assert isinstance(end.error, Unavailable)
     generation.check_integrity()
