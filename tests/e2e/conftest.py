@@ -135,12 +135,14 @@ def launch(tmp_path):
 def serve(launch):
     """Start `motley serve ARGUMENTS` and wait for its ready line.
 
-    Least load, unless told otherwise: it hands over whenever there is a prefill worker.
+    Least load, unless told otherwise: it hands over whenever there is a prefill worker. An older
+    release has no policies.
     """
 
     @contextmanager
-    def start(*arguments: str, policy: str = "least-load", **options):
-        with launch("serve", "--port", "0", "--policy", policy, *arguments, **options) as cluster:
+    def start(*arguments: str, policy: str | None = "least-load", **options):
+        chosen = ("--policy", policy) if policy else ()
+        with launch("serve", "--port", "0", *chosen, *arguments, **options) as cluster:
             cluster.url = cluster.wait_for(r"Motley is ready: (\S+)").group(1)
             yield cluster
 

@@ -38,7 +38,8 @@ def cluster(serve, launch):
         return stack.enter_context(launch(*join, *options, environment=SECRET | release))
 
     def start(router: dict[str, str], **workers: dict[str, str]):
-        front = stack.enter_context(serve(SLOW, *alone, environment=SECRET | router))
+        policy = "least-load" if router is NEW else None
+        front = stack.enter_context(serve(SLOW, *alone, policy=policy, environment=SECRET | router))
         for name, release in workers.items():
             worker(name, release)
         for name in workers:
