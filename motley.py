@@ -129,14 +129,16 @@ def _caps(options: argparse.Namespace) -> tuple[int, ...]:
 def _worker(options: argparse.Namespace) -> None:
     """One worker that joins a router."""
     from serving.secret import cluster_secret
-    from workers.build import build, find
+    from workers.build import Model, build, find
     from workers.run import run_worker
     from workers.service import WorkerConfig, WorkerService
 
     secret = cluster_secret(create=False)
     logger.info("process %d", os.getpid())
-    model = find(options.model)
+    model = Model(options.model, "") if options.fetch else find(options.model)
     threads = options.threads or os.cpu_count() or 1
+    if options.fetch and (not options.group or options.rank == 0):
+        raise SetupError("--fetch is for ranks of a group other than 0, which needs the model")
     if options.group and options.rank != 0:
         _member(options, model, threads, secret.encode())
         return
@@ -199,6 +201,7 @@ def _member(options: argparse.Namespace, model: Model, threads: int, secret: byt
         box=gauge(options.name, means) if options.weight is None else None,
         model=model.name,
         path=model.location,
+        fetch=options.fetch,
         pid=os.getpid(),
     )
     run_rank(config, child=options.child)
@@ -408,6 +411,11 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--shards", type=Path, metavar="DIR", help="where the weights of a rank with a cap are kept"
+    )
+    group.add_argument(
+        "--fetch",
+        action="store_true",
+        help="rank 0 sends this rank its weights: MODEL is only the name that the group serves",
     )
     group.add_argument(
         "--stream-cached",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import shutil
 import socket
@@ -32,7 +31,7 @@ from rich.table import Table
 
 from motley import size
 from workers.build import find
-from workers.group.stream import REQUEST
+from workers.group.gauge import read_rate
 from workers.weights.checkpoint import open_checkpoint
 from workers.weights.random_model import PREFIX, SHAPES
 
@@ -238,16 +237,7 @@ def peak_rss(pid: int) -> int:
 def disk_rate(shards: Path) -> float:
     """Bytes/s of one thread that reads a shard past the page cache."""
     path = max(shards.glob("*/weights.bin"), key=lambda file: file.stat().st_size)
-    buffer = memoryview(mmap.mmap(-1, REQUEST))
-    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
-        size = min(MEASURED_BYTES, path.stat().st_size)
-        begun, done = time.perf_counter(), 0
-        while done < size and (count := os.preadv(file, [buffer], done)):
-            done += count
-        return done / (time.perf_counter() - begun)
-    finally:
-        os.close(file)
+    return read_rate(path, MEASURED_BYTES, direct=True)
 
 
 def check_space(model: str, shards: Path) -> None:

@@ -90,8 +90,8 @@ def test_local_workers_reach_the_router_wherever_it_listens(cluster, join, liste
         *("n-prefill-0", "n-decode-0", "n-decode-1"),
     ]
     assert specs[-1].arguments == (
-        *("n=x=y", "--role", "decode", "--name", "n-decode-1"),
-        *("--join", join, "--listen", listen, "--child", "--threads", "3"),
+        *("n=x=y", "--child", "--threads", "3", "--role", "decode"),
+        *("--name", "n-decode-1", "--join", join, "--listen", listen),
     )
 
 

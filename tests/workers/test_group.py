@@ -41,7 +41,7 @@ class Group:
         self.stops = {}
         self.threads = []
 
-    def config(self, name, weight=1.0, box=None):
+    def config(self, name, weight=1.0, box=None, fetch=False):
         return MemberConfig(
             name=name,
             leader=Address(*self.leader.address),
@@ -53,12 +53,13 @@ class Group:
             box=box,
             model="m",
             path="",
+            fetch=fetch,
             pid=0,
         )
 
-    def join(self, name, weight=1.0, box=None):
+    def join(self, name, *config):
         stop = self.stops[name] = threading.Event()
-        thread = threading.Thread(target=run_member, args=(self.config(name, weight, box), stop))
+        thread = threading.Thread(target=run_member, args=(self.config(name, *config), stop))
         thread.start()
         self.threads.append(thread)
 
@@ -179,6 +180,17 @@ def test_a_cap_changes_no_number_of_a_fast_rank(make_runner, group, folder):
     without = score(make_runner(folder, mode="fast", quantize="int8"))
     group.means = replace(group.means, memory_cap=1 << 40)
     assert score(make_runner(folder, mode="fast", quantize="int8")) == without
+
+
+@pytest.mark.parametrize("cap", [None, 1 << 40])
+def test_a_rank_without_the_model_computes_by_what_rank_0_sends(make_runner, group, folder, cap):
+    options = {"mode": "fast", "quantize": "int8"}
+    with_model = score(make_runner(folder, (1, 2), **options))
+    group.lose("rank-1")
+    group.means = replace(group.means, memory_cap=cap)
+    group.join("poor", 2.0, None, True)
+    group.leader.wait_for(1, 20)
+    assert score(make_runner(folder, **options)) == with_model
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def disk_rate(shards: Path, *, direct: bool) -> float:
     """Bytes/s of reading a shard that lies there, or else a file written for it."""
     found = max(shards.glob(f"*/{DATA}"), key=lambda file: file.stat().st_size, default=None)
     if found and found.stat().st_size >= REQUEST:
-        return _read_rate(found, direct=direct)
+        return read_rate(found, DISK_BYTES, direct=direct)
     try:
         shards.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=shards, prefix="gauge-") as file:
@@ -86,7 +86,7 @@ def disk_rate(shards: Path, *, direct: bool) -> float:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return _read_rate(Path(file.name), direct=direct)
+            return read_rate(Path(file.name), DISK_BYTES, direct=direct)
     except OSError as error:
         raise SetupError(
             f"cannot try how fast {shards} is ({error}): give a folder with {DISK_BYTES >> 20} MiB "
@@ -124,8 +124,9 @@ def _probe(link: Link, content: bytes) -> float:
     return time.perf_counter() - begun
 
 
-def _read_rate(path: Path, *, direct: bool) -> float:
-    size = min(DISK_BYTES, path.stat().st_size // REQUEST * REQUEST)
+def read_rate(path: Path, most: int, *, direct: bool) -> float:
+    """Bytes/s of one thread that reads a file's first `most` bytes."""
+    size = min(most, path.stat().st_size)
     buffer = memoryview(mmap.mmap(-1, REQUEST))
     file = open_file(path, direct=direct)
     try:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError, SetupError
 from workers.group.gauge import PROBES, answer_probe
 from workers.group.links import accept, listener
-from workers.group.words import FROM_RANK, OFFER, Hello, Left, Ready, Refuse
+from workers.group.words import FROM_RANK, OFFER, Hello, Left, Probe, Ready, Refuse, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workers.group.links import Link
+    from workers.group.travel import Shelf
     from workers.group.words import Form
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Leader:
         self._members: dict[str, Member] = {}
         self._news = threading.Condition()
         self._closed = False
+        self.shelf: Shelf | None = None  # set before the first formation
         self._server = listener(host, port)
         self.address: tuple[str, int] = self._server.getsockname()[:2]
         threading.Thread(target=self._accept, name="members", daemon=True).start()
@@ -111,6 +114,9 @@ class Leader:
         member: Member | None = None
         try:
             hello = _hello(link)
+            if isinstance(hello, Want):
+                self._give(link, hello)
+                return
             if hello.model != self._model:
                 link.say(Refuse(f"this group serves {self._model}, not {hello.model}"))
                 return
@@ -130,6 +136,14 @@ class Leader:
             link.close()
             if member:
                 self._lose(member)
+
+    def _give(self, link: Link, want: Want) -> None:
+        """A shard to a rank that fetches its weights, until it has them."""
+        if self.shelf is None:
+            link.say(Refuse("this group is not formed yet"))
+            return
+        with suppress(ConnectionError):
+            self.shelf.serve(link, want)
 
     def _take(self, member: Member) -> None:
         with self._news:
@@ -156,11 +170,11 @@ def _gone(member: Member, epoch: int) -> bool:
     return not member.alive or member.left >= epoch
 
 
-def _hello(link: Link) -> Hello:
+def _hello(link: Link) -> Hello | Want:
     """What a newcomer says of itself, once it has tried its link. Raises ProtocolError."""
     for _ in range(PROBES + 1):
         word = link.hear(OFFER)
-        if isinstance(word, Hello):
+        if not isinstance(word, Probe):
             return word
         answer_probe(link, word)
     raise ProtocolError("a rank tries its link for ever")

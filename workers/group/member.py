@@ -16,6 +16,7 @@ from workers.group.formation import connect
 from workers.group.gauge import gauge_link
 from workers.group.links import dial, listener
 from workers.group.part import Means, Wanted, load_part
+from workers.group.travel import fetch
 from workers.group.ways import Combine, rehearse
 from workers.group.words import (
     ORDER,
@@ -63,6 +64,7 @@ class MemberConfig:
     box: Box | None  # what it can do
     model: str  # its name
     path: str  # of the model on this machine; empty: where rank 0 has it
+    fetch: bool  # its weights from rank 0
     pid: int
 
 
@@ -177,7 +179,10 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
             max_rows=form.max_rows,
         )
         combine = Combine(mesh)
-        part = load_part(wanted, config.means, combine)
+        fetched = None
+        if config.fetch:
+            fetched = fetch(config.leader, config.secret, form.share, config.means.shards)
+        part = load_part(wanted, config.means, combine, fetched)
         try:
             control.say(Ready(form.epoch))
             logger.info("rank %d of %d", form.rank, len(form.peers))

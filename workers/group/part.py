@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from workers.allocator import keep_freed_memory
 from workers.fast_model import FastModel
 from workers.group.memory import step_bytes, used_bytes
 from workers.group.shard import Shard, ShardModel
-from workers.group.shard_file import Manifest, read_manifest, write_shard
+from workers.group.shard_file import Manifest, read_manifest, shard_folder, write_shard
 from workers.group.sharded import cut
 from workers.installed import engine_installed
 from workers.kv_cache import KvCache
@@ -101,14 +100,25 @@ class FastPart:
             self.shard.close()
 
 
-def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
-    """`combine` sums a flat float32 array over the ranks, in place. Raises SetupError."""
+def load_part(
+    wanted: Wanted,
+    means: Means,
+    combine: Combine,
+    fetched: tuple[Path, Manifest] | None = None,
+) -> Part:
+    """From the model's file, or from a shard that was `fetched`, by which a rank also computes
+    that keeps all its weights in memory.
+
+    `combine` sums a flat float32 array over the ranks, in place. Raises SetupError.
+    """
 
     def whole(part: Array) -> None:
         combine(part.reshape(-1))
 
-    if wanted.mode == "fast" and means.memory_cap is not None:
-        return _streamed(wanted, means, means.memory_cap, whole)
+    if wanted.mode == "fast" and (fetched or means.memory_cap is not None):
+        return _from_shard(wanted, means, whole, *(fetched or make_shard(wanted, means)))
+    if fetched:
+        raise SetupError("a shard holds packed weights, which `--mode exact` cannot compute with")
     checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
     sharded = cut(checkpoint, wanted.share)
     if wanted.mode == "fast":
@@ -124,18 +134,21 @@ def load_part(wanted: Wanted, means: Means, combine: Combine) -> Part:
     return ExactPart(checkpoint, sharded, wanted.kv_blocks, means.threads, whole, keep=keep)
 
 
-def _streamed(wanted: Wanted, means: Means, cap: int, combine: Combine) -> Part:
-    """From this rank's shard file, made now if it is not there."""
-    folder, manifest = _shard(wanted, means)
+def _from_shard(
+    wanted: Wanted, means: Means, combine: Combine, folder: Path, manifest: Manifest
+) -> Part:
+    """Under a cap, what does not fit into memory passes through."""
     shape = manifest.shape
     cache = KvCache(shape, wanted.kv_blocks, wanted.kv_dtype)
-    taken = used_bytes() + cache.data.nbytes + step_bytes(shape, wanted.max_rows)
-    shard = Shard(folder, manifest, cap - taken, direct=means.direct)
+    budget = manifest.size
+    if means.memory_cap is not None:
+        taken = used_bytes() + cache.data.nbytes + step_bytes(shape, wanted.max_rows)
+        budget = means.memory_cap - taken
+    shard = Shard(folder, manifest, budget, direct=means.direct)
     logger.info(
-        "%d MiB of weights, %d %% of them read anew for every step; cap %d MiB",
+        "%d MiB of weights, %d %% of them read anew for every step",
         shard.total_bytes >> 20,
         round(100 * shard.streamed_bytes / shard.total_bytes),
-        cap >> 20,
     )
     try:
         model = ShardModel(shard, cache, Pool(means.threads), wanted.max_rows, combine)
@@ -145,12 +158,13 @@ def _streamed(wanted: Wanted, means: Means, cap: int, combine: Combine) -> Part:
     return FastPart(model, cache, shard)
 
 
-def _shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
+def make_shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
+    """This share's shard file, written now if it is not there."""
     source = f"{_identity(Path(wanted.path))} {wanted.quantize} {wanted.share}"
-    folder = means.shards / hashlib.sha256(source.encode()).hexdigest()[:16]
+    folder = shard_folder(means.shards, source)
     if manifest := read_manifest(folder, source):
         return folder, manifest
-    logger.info("writing this rank's weights to %s", folder)
+    logger.info("writing a rank's weights to %s", folder)
     checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
     try:
         return folder, write_shard(cut(checkpoint, wanted.share), folder, source)

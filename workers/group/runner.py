@@ -16,8 +16,9 @@ from workers.group.demand import demand_of
 from workers.group.formation import connect
 from workers.group.lineup import Lineup, Offer, line_up
 from workers.group.links import listener
-from workers.group.part import Means, Wanted, load_part
+from workers.group.part import Means, Wanted, load_part, make_shard
 from workers.group.sharded import Embedder
+from workers.group.travel import Shelf
 from workers.group.ways import ALWAYS, Combine, measure
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run, Use
 from workers.kv_cache import KvCache
@@ -106,6 +107,7 @@ class GroupRunner:
         )
         self._present: list[Member] = []  # with the spares
         self._members: list[Member] = []  # ranks from 1 on
+        leader.shelf = Shelf(lambda share: make_shard(self._wanted(share), options.means))
         self._mesh: Mesh
         self.part: Part
         self._shares: tuple[Share, ...]
@@ -231,19 +233,10 @@ class GroupRunner:
         )
         for rank, member in enumerate(members, 1):
             self._leader.tell(member, self._form_of(rank, peers))
-        wanted = Wanted(
-            share=self._shares[0],
-            mode=options.mode,
-            quantize=options.quantize,
-            path=options.path,
-            kv_dtype=options.kv_dtype,
-            kv_blocks=options.kv_blocks,
-            max_rows=options.max_rows,
-        )
         self._mesh = connect(self._server, options.secret, self._epoch, 0, peers)
         try:
             combine = Combine(self._mesh)
-            self.part = load_part(wanted, options.means, combine)
+            self.part = load_part(self._wanted(self._shares[0]), options.means, combine)
             ready = self._leader.all_ready(members, self._epoch, LOAD_S)
             if ready:
                 self._agree(combine)
@@ -254,6 +247,18 @@ class GroupRunner:
             self._mesh.close()
             self.part.close()
         return ready
+
+    def _wanted(self, share: Share) -> Wanted:
+        options = self._options
+        return Wanted(
+            share=share,
+            mode=options.mode,
+            quantize=options.quantize,
+            path=options.path,
+            kv_dtype=options.kv_dtype,
+            kv_blocks=options.kv_blocks,
+            max_rows=options.max_rows,
+        )
 
     def _form_of(self, rank: int, peers: tuple[Peer, ...]) -> Form:
         options = self._options

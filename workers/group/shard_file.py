@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096
 MANIFEST, DATA = "manifest.json", "weights.bin"
+DRAFT = DATA + ".part"
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -77,7 +78,7 @@ def write_shard(
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
-    draft = folder / (DATA + ".part")
+    draft = folder / DRAFT
     try:
         with draft.open("wb") as file:
             for name in weights.names:
@@ -99,10 +100,7 @@ def write_shard(
             file.flush()
             os.fdatasync(file.fileno())
         manifest = Manifest(PACKING, source, weights.shape, tuple(entries))
-        draft.replace(folder / DATA)
-        notes = folder / (MANIFEST + ".part")
-        notes.write_bytes(msgspec.json.encode(manifest))
-        notes.replace(folder / MANIFEST)
+        finish(folder, manifest)
     except OSError as error:
         draft.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
@@ -111,6 +109,19 @@ def write_shard(
             "give a folder on a larger disk with --shards"
         ) from error
     return manifest
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """The draft is complete: from now on it is a shard."""
+    (folder / DRAFT).replace(folder / DATA)
+    notes = folder / (MANIFEST + ".part")
+    notes.write_bytes(msgspec.json.encode(manifest))
+    notes.replace(folder / MANIFEST)
+
+
+def shard_folder(shards: Path, source: str) -> Path:
+    """Where the shard of this source lies."""
+    return shards / hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path, source: str) -> Manifest | None:

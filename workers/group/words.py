@@ -10,6 +10,7 @@ from msgspec.msgpack import Decoder
 from scheduler.request import TokenIds
 from workers.group.partition import Share
 from workers.group.plan import Box
+from workers.group.shard_file import Manifest
 from workers.kv_cache import KvDtype
 
 
@@ -36,6 +37,19 @@ class Hello(Word, frozen=True):
 class Probe(Word, frozen=True):
     """Before Hello, a few times: so many bytes follow, to be thrown away; a Probe comes back."""
 
+    size: int
+
+
+class Want(Word, frozen=True):
+    """Instead of Hello, on a link of its own: this share's shard, please."""
+
+    share: Share
+
+
+class Get(Word, frozen=True):
+    """These bytes of the shard's file; they come raw."""
+
+    offset: int
     size: int
 
 
@@ -81,8 +95,14 @@ class Form(Word, frozen=True):
     hidden: int  # D
 
 
+class Shipment(Word, frozen=True):
+    """What the shard's file holds."""
+
+    manifest: Manifest
+
+
 class Refuse(Word, frozen=True):
-    """There is no place in the group; the rank ends."""
+    """There is no place in the group, or no shard; the rank ends."""
 
     reason: str
 
@@ -148,7 +168,9 @@ FromRank: TypeAlias = Ready | Left | Beat
 ToRank: TypeAlias = Form | Refuse
 Order: TypeAlias = Run | Logits | Copy | Try | Use | Leave
 
-OFFER: Decoder[Probe | Hello] = Decoder(Probe | Hello)
+OFFER: Decoder[Probe | Hello | Want] = Decoder(Probe | Hello | Want)
+GET = Decoder(Get)
+SHIPMENT: Decoder[Shipment | Refuse] = Decoder(Shipment | Refuse)
 PROBE = Decoder(Probe)
 FROM_RANK: Decoder[FromRank] = Decoder(FromRank)
 TO_RANK: Decoder[ToRank] = Decoder(ToRank)
