@@ -477,6 +477,30 @@ async def test_a_decode_worker_of_the_version_before_gets_whole_layers_at_the_en
         assert words == [blocks(), seal(Commit(*KEY, (FirstToken(0, 32, 1),)))]
 
 
+@pytest.mark.parametrize("preempted", [False, True])
+async def test_blocks_of_a_prompt_that_was_preempted_are_not_sent(
+    linked, make_engine, job, preempted
+):
+    engine = make_engine()
+    engine.add(job, PROMPT, hold=True)
+    (held,) = engine.step().held.values()
+    ready = engine.ready(KEY)
+    if preempted:
+        ready.sequence.blocks = list(held.blocks)  # its own again, and not those it had
+
+    async with linked(prefill=engine) as link, link.sender.reserve(job, link.peer) as lease:
+
+        async def computed():
+            lease.watch(ready)
+            for _ in range(100):  # turns, in which what is sent early is sent
+                await asyncio.sleep(0)
+            return held
+
+        await lease.push(computed())
+        assert bool(lease.bytes_early) is not preempted
+        link.prefill.loop.release(KEY)
+
+
 async def test_the_rate_of_a_link_is_known_once_something_was_sent(linked, job):
     async with linked(limits=replace(LIMITS, share=False)) as link:
         async with link.sender.reserve(job, link.peer) as lease:
