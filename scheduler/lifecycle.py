@@ -32,6 +32,7 @@ from scheduler.request import Job, Prompt, TokenIds
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from scheduler.packed import PackedIds
     from scheduler.routing import Route
 
 FRUITLESS = 8  # attempts in a row that give no token: something other than bad luck is at work
@@ -145,6 +146,7 @@ class Generation:
         self.started = False
         self.outcome: Outcome | None = None
         self._epoch = job.epoch
+        self._prompt_ids: TokenIds | PackedIds | None = None  # once a worker has said them
         self._avoid: set[str] = set()
         self._split = True
 
@@ -168,12 +170,12 @@ class Generation:
         """The shell found none, and will not."""
         return self._end(Outcome.REFUSED, error) if epoch in self.attempts else []
 
-    def accepted(self, epoch: int, prompt_ids: TokenIds) -> list[Instruction]:
+    def accepted(self, epoch: int, prompt_ids: TokenIds | PackedIds) -> list[Instruction]:
         """A worker tokenised the prompt: from here on the ids are the prompt."""
         if epoch not in self.attempts or self.started:
             return []
         self.started = True
-        self.job = msgspec.structs.replace(self.job, prompt=Prompt(ids=prompt_ids))
+        self._prompt_ids = prompt_ids
         return [Started(len(prompt_ids))]
 
     def output(self, output: Output) -> list[Instruction]:
@@ -264,9 +266,11 @@ class Generation:
     def _job(self, epoch: int, attempt: Attempt) -> Job:
         """The job as it stands: a choice that has begun carries what the client already has."""
         ledger = self.ledgers[attempt.choices[0]]
+        ids = self._prompt_ids
         return msgspec.structs.replace(
             self.job,
             epoch=epoch,
+            prompt=self.job.prompt if ids is None else Prompt(ids=list(ids)),
             choices=attempt.choices,
             emitted=list(ledger.emitted),
             sent=ledger.sent,

@@ -139,6 +139,17 @@ class Accepted(Wire, frozen=True):
     prompt_ids: TokenIds
 
 
+class AcceptedUnread(Wire, frozen=True, tag="Accepted"):
+    """Accepted, as a router reads it: see scheduler/packed.
+
+    The ids lie in the connection's memory, so they are gone with its next word.
+    """
+
+    id: str
+    epoch: int
+    prompt_ids: msgspec.Raw
+
+
 class Alternative(msgspec.Struct, frozen=True, array_like=True):
     token: str
     raw: bytes  # the token itself: text may be only a part of a character
@@ -374,4 +385,8 @@ FromWorker: TypeAlias = Join | Load | Accepted | Outputs | HandedOver | Failed |
 FromRouter: TypeAlias = Joined | Submit | Tokenise | Cancel | Refused
 ToDecode: TypeAlias = Reserve | KvBlocks | Commit
 FromDecode: TypeAlias = Reserved | Taken | Again | Committed | Refused
+FromWorkerUnread: TypeAlias = (
+    Join | Load | AcceptedUnread | Outputs | HandedOver | Failed | Tokenised | Leaving
+)
 Anything: TypeAlias = Handshake | FromWorker | FromRouter | ToDecode | FromDecode
+ToRouter: TypeAlias = Handshake | FromWorkerUnread | FromRouter | ToDecode | FromDecode

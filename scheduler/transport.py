@@ -14,7 +14,7 @@ import logging
 import socket
 import struct
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -69,7 +69,7 @@ class Connection:
         self._reader = Reader(sock)
         self._sending = asyncio.Lock()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Anything)
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Anything)
         self._buffer = memoryview(bytearray(_READ))
         self._start = self._end = 0  # unread bytes of the buffer
         self._payload = 0  # payload bytes of the current frame not yet taken
@@ -124,9 +124,14 @@ class Connection:
         header = await self._take(length)
         self._payload = payload
         try:
-            return self._decoder.decode(header), payload
+            message: Wire = self._decoder.decode(header)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"{self.remote} sent an unknown message: {error}") from None
+        return message, payload
+
+    def hears(self, kinds: Any) -> None:
+        """From here on it understands these kinds of messages only: a union of them."""
+        self._decoder = msgspec.msgpack.Decoder(kinds)
 
     async def expect(self, kind: type[Word]) -> Word:
         """The next message, which must be of this kind. Raises ProtocolError if it is not."""

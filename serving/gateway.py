@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from scheduler.errors import BadRequest, Unavailable
 from scheduler.lifecycle import Deliver, End, Generation, Instruction, Place, Send, Started
 from scheduler.messages import (
-    Accepted,
+    AcceptedUnread,
     Failed,
     FailureKind,
     HandedOver,
@@ -25,6 +25,7 @@ from scheduler.messages import (
     Tokenised,
     Wire,
 )
+from scheduler.packed import PackedIds
 from scheduler.request import Job, job_id
 from serving.ask import Delta, ModelInfo
 from serving.inquiry import Inquiries
@@ -163,10 +164,11 @@ class Gateway:
             for output in message.items:
                 if live := self._live.get(output.id):
                     self._output(worker, live, output)
-        elif isinstance(message, Accepted):
+        elif isinstance(message, AcceptedUnread):
             if live := self._live.get(message.id):
-                self.placing.accepted(live.generation.job, live.standing, message.prompt_ids)
-                self._obey(live, live.generation.accepted(message.epoch, message.prompt_ids))
+                prompt_ids = PackedIds(bytes(message.prompt_ids))
+                self.placing.accepted(live.generation.job, live.standing, len(prompt_ids))
+                self._obey(live, live.generation.accepted(message.epoch, prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
                 self._handed_over(worker, live, message.epoch)

@@ -21,7 +21,7 @@ from scheduler import cost
 from scheduler.breaker import Breaker, State
 from scheduler.errors import ProtocolError
 from scheduler.fleet import Fleet, Worker
-from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, Wire
+from scheduler.messages import Address, Join, Joined, Leaving, Load, Peer, Refused, ToRouter, Wire
 from scheduler.models import BLOCK_TOKENS
 from scheduler.routing import Route
 from scheduler.suspicion import LOOK_S, STUCK_S, STUCK_STEPS, Progress, Suspicion
@@ -138,6 +138,7 @@ class Members:
         if reason := self._objection(join) or await self._name_taken(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
+        connection.hears(ToRouter)
         record = self._recall(join)
         member = Member(join, _worker(join, record), connection, since=time.time(), record=record)
         helpers = [asyncio.create_task(self._write(member))]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from scheduler.lifecycle import Place
     from scheduler.messages import Output
-    from scheduler.request import Job, TokenIds
+    from scheduler.request import Job
     from scheduler.routing import Route
     from serving.members import Members
     from serving.wish import Wish
@@ -48,6 +48,7 @@ class Standing:
     arrived: float
     share: int = 0  # how far its key is ahead of the others
     first: float | None = None  # when its first token came
+    prompt_tokens: int = 0  # once they are known
 
 
 class Placing:
@@ -80,6 +81,7 @@ class Placing:
             priority=wish.priority,
             key=wish.key,
             arrived=self._clock(),
+            prompt_tokens=len(job.prompt.ids or ()),
         )
         share = self._shares.setdefault(model, FairShare())
         standing.share = share.enter(standing.key, self._prompt_tokens(job, standing))
@@ -92,7 +94,7 @@ class Placing:
             return
         forecast, now = self._placer(job.model).forecast, self._clock()
         for tokens in finished:
-            forecast.learn_output(len(job.prompt.ids or ()), tokens)
+            forecast.learn_output(standing.prompt_tokens, tokens)
             late = standing.first is not None and tokens > 1
             if late and (now - (standing.first or 0)) / (tokens - 1) > standing.tpot_s:
                 self.violations["tpot"] += 1
@@ -145,15 +147,16 @@ class Placing:
         """The attempt is over."""
         self._placer(job.model).end(placement, self._clock())
 
-    def accepted(self, job: Job, standing: Standing, prompt_ids: TokenIds) -> None:
-        """A worker tokenised a prompt that was text."""
-        if job.prompt.ids is None:
-            forecast = self._placer(job.model).forecast
-            forecast.learn_prompt(standing.chain.size, len(prompt_ids))
+    def accepted(self, job: Job, standing: Standing, tokens: int) -> None:
+        """A worker tokenised the prompt."""
+        if not standing.prompt_tokens:
+            standing.prompt_tokens = tokens
+            self._placer(job.model).forecast.learn_prompt(standing.chain.size, tokens)
 
     def _prompt_tokens(self, job: Job, standing: Standing) -> int:
-        known = len(job.prompt.ids or ())
-        return known or self._placer(job.model).forecast.prompt_tokens(standing.chain.size)
+        return standing.prompt_tokens or self._placer(job.model).forecast.prompt_tokens(
+            standing.chain.size
+        )
 
     def _count(self, placement: Placement) -> None:
         if placement.chosen.degraded:

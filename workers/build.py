@@ -112,7 +112,7 @@ def build(
     if _kind(model.location) == "fake":
         fake = parse_options(model.location.partition(":")[2])
         runner = FakeRunner(batcher.pool.size, fake)
-        text = FakeText(fake.context)
+        text = FakeText(fake.context, fake.word)
         return Engine(runner, text, batcher, speculate=options.speculate), runner.rates()
     return _native(model, options, batcher, group)
 

@@ -62,6 +62,7 @@ class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # time of one step
     prefill_tps: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # prompt tokens a second; 0: no time
     context: Annotated[int, msgspec.Meta(ge=1)] = SHAPE.context_length
+    word: Annotated[int, msgspec.Meta(ge=1)] = 1  # bytes of a prompt that a token stands for
     parrot: bool = False  # say the prompt again and again: what drafts are right about
 
 
@@ -81,8 +82,10 @@ class FakeText:
     fingerprint = "fake-1"
     call_style = HERMES
 
-    def __init__(self, context_length: int) -> None:
+    def __init__(self, context_length: int, word: int = 1) -> None:
+        """Of `word` bytes of a prompt only the first becomes a token: it is as short as others'."""
         self.context_length = context_length
+        self._word = word
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -100,13 +103,13 @@ class FakeText:
                 raise BadRequest("token ids of this model are 0 to 255", param="prompt")
             tokens = prompt.ids
         elif prompt.text is not None:
-            tokens = list(prompt.text.encode())
+            tokens = list(prompt.text.encode()[:: self._word])
         else:
             messages = prompt.messages or ()
             if prompt.tools:
                 messages = explain(messages, prompt.tools)
             lines = (f"{m.role}: {m.content}\n" for m in messages)
-            tokens = list("".join(lines).encode())
+            tokens = list("".join(lines).encode()[:: self._word])
         if not tokens:
             raise BadRequest("the prompt is empty", param="prompt")
         return tokens
