@@ -1,0 +1,160 @@
+"""The routers that bench/router.py compares, each with what is behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+from urllib.error import URLError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READY_S = 90.0
+ENGINES = 2
+ROOT = Path(__file__).parents[1]
+QUESTION = b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"Hello"}]}'
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Arm(ABC):
+    """A context: inside, the router answers on `port`."""
+
+    def __init__(self, peers: Path, step_ms: float, processes: int) -> None:
+        self.port = free_port()
+        self.processes = 1
+        self._peers = peers
+        self._step_ms = step_ms
+        self._asked = processes
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start everything; the router last."""
+
+    @property
+    def routers(self) -> list[int]:
+        """The process ids of the router."""
+        return [self._started[-1].pid]
+
+    def cpu_s(self) -> float:
+        """What the router has used."""
+        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in self.routers]
+        return sum(sum(map(int, each.split()[11:13])) for each in fields) / TICKS
+
+    def rss_mb(self) -> float:
+        pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in self.routers]
+        return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self._wait(f"http://127.0.0.1:{self.port}/v1/chat/completions", QUESTION)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._started):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(self._started):
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _begin(self, *command: str) -> None:
+        environment = {**os.environ, "MOTLEY_SECRET": "of the router bench", "RUST_LOG": "error"}
+        self._started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    def _wait(self, url: str, body: bytes | None = None) -> None:
+        """Until it answers with success."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, headers)  # noqa: S310
+        end = time.monotonic() + READY_S
+        while True:
+            if (code := self._started[-1].poll()) is not None:
+                raise SystemExit(f"the router ended with {code}: run bench/peers.sh routers?")
+            try:
+                with urllib.request.urlopen(request, timeout=5):
+                    return
+            except (URLError, OSError) as error:
+                if time.monotonic() > end:
+                    raise SystemExit(f"{url} did not answer in {READY_S:g} s: {error}") from None
+            time.sleep(0.2)
+
+
+class Motley(Arm):
+    """Our router and its workers, over our own link, with the full policy."""
+
+    def start(self) -> None:
+        self.processes = self._asked
+        model = f"m=fake:step_ms={self._step_ms},word=4"
+        roles = ("--prefill", "0", "--decode", "0", "--mixed", str(ENGINES))
+        routers = ("--routers", str(self._asked)) if self._asked > 1 else ()
+        self._begin(
+            *(sys.executable, "motley.py", "serve", model, *roles, *routers),
+            *("--port", str(self.port), "--kv-tokens", "4000000"),
+        )
+
+
+class Relay(Arm):
+    """A peer between HTTP and HTTP."""
+
+    module = ""
+    words: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        ports = [free_port() for _ in range(ENGINES)]
+        for port in ports:
+            engine = str(Path(__file__).with_name("router_engine.py"))
+            self._begin(sys.executable, engine, str(port), str(self._step_ms))
+            self._wait(f"http://127.0.0.1:{port}/health")
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        program = self._peers / "bin" / self.module
+        if not program.exists():
+            raise SystemExit(f"{program} is not there: run bench/peers.sh routers")
+        self._begin(
+            *(str(program), *self.words, "--worker-urls", *urls, "--policy", "round_robin"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error"),
+            *("--prometheus-port", str(free_port())),
+        )
+
+
+class SglangRouter(Relay):
+    module = "sglang-router"
+    words = ("launch",)
+
+
+class VllmRouter(Relay):
+    module = "vllm-router"
+
+
+ARMS: dict[str, Callable[[Path, float, int], Arm]] = {
+    "motley": Motley,
+    "sglang-router": SglangRouter,
+    "vllm-router": VllmRouter,
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
