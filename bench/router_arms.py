@@ -87,7 +87,7 @@ class Arm(ABC):
     def _wait(self, url: str, body: bytes | None = None) -> None:
         """Until it answers with success."""
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, body, headers)  # noqa: S310
+        request = urllib.request.Request(url, body, headers)
         end = time.monotonic() + READY_S
         while True:
             if (code := self._started[-1].poll()) is not None:
