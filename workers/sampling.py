@@ -62,6 +62,14 @@ def check(sampling: Sampling, vocab: int) -> None:
             )
 
 
+def decisive(draw: Draw) -> int:
+    """How many of a row's largest logits decide the draw, whatever the others are; 0: all do."""
+    s = draw.sampling
+    if draw.allowed is not None or s.logprobs is not None or _adjusts(s):
+        return 0
+    return 1 if s.temperature == 0 else s.top_k
+
+
 class Sampler:
     """Draws tokens. Its noise forgets each draw."""
 

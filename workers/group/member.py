@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from kernels.program import Span
 from scheduler.errors import ProtocolError, SetupError
+from workers.group.candidates import pack
 from workers.group.formation import connect
 from workers.group.gauge import gauge_link
 from workers.group.links import dial, listener
@@ -217,7 +218,9 @@ def _compute(leader: Link, part: Part, width: int, order: Run | Logits) -> None:
     if isinstance(order, Run):
         spans = [Span(s.first, s.count, s.start, s.blocks) for s in order.spans]
         _, logits = part.run(x, spans, order.drawn)
+        counts = order.counts
     else:
         logits = part.logits(x)
+        counts = (0,) * order.rows
     if logits.size:
-        leader.send(np.ascontiguousarray(logits).data.cast("B"))
+        leader.send(pack(logits, counts))

@@ -12,6 +12,7 @@ import numpy as np
 
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.models import BLOCK_TOKENS
+from workers.group.candidates import packed_bytes, unpack, wanted
 from workers.group.demand import demand_of
 from workers.group.formation import connect
 from workers.group.lineup import Lineup, Offer, line_up
@@ -136,7 +137,7 @@ class GroupRunner:
         """See Head.logits."""
         rows = np.ascontiguousarray(hidden)
         self._order(Logits(len(rows)), rows)
-        return self._gather(self.part.logits(rows))
+        return self._gather(self.part.logits(rows), [0] * len(rows))
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy KV blocks on every rank. A rank that is lost is noticed by the next step."""
@@ -157,12 +158,14 @@ class GroupRunner:
         layout = lay_out(slices)
         x = self._embedder.rows(layout.tokens)
         spans = tuple(RowSpan(s.first, s.count, s.start, list(s.blocks)) for s in layout.spans)
-        self._order(Run(len(x), spans, tuple(layout.drawn)), x)
+        draws = make_draws(slices, wishes.masks)
+        counts = wanted(draws, len(layout.drawn))
+        self._order(Run(len(x), spans, tuple(layout.drawn), counts), x)
         hidden, own = self.part.run(x, layout.spans, layout.drawn)
-        logits = self._gather(own)
+        logits = self._gather(own, counts)
         if wishes.readings:
             read(slices, hidden, self, wishes.readings)
-        return self._sampler.sample(logits, make_draws(slices, wishes.masks))
+        return self._sampler.sample(logits, draws)
 
     def _order(self, order: Word, x: Array | None = None) -> None:
         """Tell every rank what to do, with these rows."""
@@ -171,16 +174,16 @@ class GroupRunner:
             if x is not None:
                 link.send(x.data.cast("B"))
 
-    def _gather(self, own: Array) -> Array:
-        """Our logits [n, V_0] and those of the other ranks -> [n, V]."""
+    def _gather(self, own: Array, counts: Sequence[int]) -> Array:
+        """Our logits [n, V_0] and those of the other ranks -> [n, V]; see candidates.wanted."""
         whole = np.empty((len(own), self.vocab), np.float32)
         if not len(own):
             return whole
         whole[:, : own.shape[1]] = own
         for rank, share in enumerate(self._shares[1:], 1):
-            part = np.empty((len(own), share.vocab.count), np.float32)
-            self._mesh.links[rank].receive_into(part.data.cast("B"))
-            whole[:, share.vocab.first : share.vocab.last] = part
+            data = memoryview(bytearray(packed_bytes(counts, share.vocab.count)))
+            self._mesh.links[rank].receive_into(data)
+            unpack(data, counts, whole[:, share.vocab.first : share.vocab.last])
         return whole
 
     # ── formations ──────────────────────────────────────────────────────────────────────────────

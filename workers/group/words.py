@@ -127,11 +127,12 @@ class RowSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Run(Word, frozen=True):
-    """Rows [T, D] float32 of the embedding follow; the logits of the drawn rows go back."""
+    """Rows [T, D] float32 of the embedding follow; logits of the drawn rows go back."""
 
     rows: int
     spans: tuple[RowSpan, ...]
     drawn: tuple[int, ...]
+    counts: tuple[int, ...]  # of each drawn row: only so many of the best; 0: all (candidates.py)
 
 
 class Logits(Word, frozen=True):
