@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 10.0  # for the ranks of a broken formation to say so
 LOAD_S = 1800.0  # for every rank to have its share in memory
+SETTLED_STEPS = (
+    16  # before a newcomer is taken in: a lost rank that is back costs one pause, not two
+)
 ATTEMPTS = 8  # formations in a row that broke before they stood
 
 
@@ -106,6 +109,7 @@ class GroupRunner:
             options.kv_blocks * BLOCK_TOKENS,
             options.max_rows,
         )
+        self._steps = 0  # since the group formed
         self._present: list[Member] = []  # with the spares
         self._members: list[Member] = []  # ranks from 1 on
         leader.shelf = Shelf(lambda share: make_shard(self._wanted(share), options.means))
@@ -121,8 +125,11 @@ class GroupRunner:
     def run(self, slices: Sequence[Slice], wishes: Wishes = NO_WISHES) -> list[Sampled]:
         """See Runner.run."""
         present = self._leader.members()
-        if present != self._present and not self._stays(present):
+        lost = any(member not in present for member in self._members)
+        settled = self._steps >= SETTLED_STEPS
+        if present != self._present and (lost or settled) and not self._stays(present):
             self._reform("a rank came or went")  # the newcomer gets its share now
+        self._steps += 1
         try:
             return self._step(slices, wishes)
         except (OSError, ProtocolError) as error:
@@ -207,6 +214,7 @@ class GroupRunner:
             self._members, self._shares = self._line_up(self._present)
             try:
                 if self._try():
+                    self._steps = 0
                     logger.info("a group of %d ranks", self.ranks)
                     return
             except (OSError, ProtocolError) as error:
