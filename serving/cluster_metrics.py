@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from scheduler.cost import CostModel
     from serving.gateway import Gateway
     from serving.members import Members
 
+RATE_PROMPT = 128  # tokens
 _LABELS = ("worker", "model", "role")
 # What a worker's heartbeat says: field of Load, kind of metric, what it means.
 _LOAD = (
@@ -37,6 +39,19 @@ _LOAD = (
     ("drafted", CounterMetricFamily, "Tokens guessed by speculation."),
     ("drafts_accepted", CounterMetricFamily, "Guessed tokens that were right."),
     ("kv_bytes_received", CounterMetricFamily, "KV cache taken from other workers, in bytes."),
+)
+# What routing believes of a worker's speed.
+_RATES: tuple[tuple[str, Callable[[CostModel], float], str], ...] = (
+    (
+        "prefill_tokens_per_second",
+        lambda cost: RATE_PROMPT / cost.prefill_s(RATE_PROMPT),
+        f"Of a prompt of {RATE_PROMPT} tokens alone, as learned from its steps.",
+    ),
+    (
+        "decode_step_seconds",
+        lambda cost: cost.decode_step_s(1, RATE_PROMPT),
+        f"Of one sequence with {RATE_PROMPT} tokens alone, as learned from its steps.",
+    ),
 )
 
 
@@ -70,6 +85,11 @@ class ClusterCollector:
         yield blocks
         yield circuits
         yield versions
+        for name, rate, meaning in _RATES:
+            rates = GaugeMetricFamily(f"motley_worker_{name}", meaning, labels=_LABELS)
+            for member in members:
+                rates.add_metric(labels[member], rate(member.worker.cost))
+            yield rates
         for field, kind, meaning in _LOAD:
             family = kind(f"motley_worker_{field}", meaning, labels=_LABELS)
             for member in members:
