@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 
 from scheduler.errors import Unavailable
 from scheduler.messages import Role
-from scheduler.pricing import Pricer
+from scheduler.pricing import SAFETY, Pricer
 from scheduler.request import FIRST_COME, Turn
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) 
             if prompt.worker.may_hand_to(output.worker)
         ]
     best = min(prices, key=_in_time if demand.limited else _soonest(demand))
-    if best.late > 0 and pricer.possible(lanes.decode):
+    # A pace is a mean over the whole output: one that is too slow for a moment evens out.
+    hopeless = best.ttft > SAFETY * demand.ttft_s or best.late > 1 - SAFETY
+    if hopeless and pricer.possible(lanes.decode):
         raise _overload(min(pricer.late_s(price) for price in prices))
     if best.wait > MAX_WAIT_S:
         raise _overload(min(price.wait for price in prices) - MAX_WAIT_S)
@@ -135,8 +137,9 @@ def _best(ends: list[End], key: Callable[[End], float]) -> list[End]:
     return ends if len(ends) <= PAIRED else sorted(ends, key=key)[:PAIRED]
 
 
-def _in_time(price: Price) -> tuple[float, float, float, str, str]:
-    return price.late, price.cost, price.wait, price.prefill.name, price.decode.name
+def _in_time(price: Price) -> tuple[float | str, ...]:
+    ends = price.prefill.name, price.decode.name
+    return price.late, price.cost, price.wait, price.others, price.tpot, *ends
 
 
 def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:

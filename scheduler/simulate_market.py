@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-Price = tuple[float, ...]  # late, cost, wait; without limits seconds in all
+# late, cost, wait, what others lose, TPOT and TTFT; without limits seconds in all
+Price = tuple[float, ...]
 NEVER: Price = (math.inf,)
 
 
@@ -149,7 +150,8 @@ class Market:
                 shortest = min(shortest, max(sender.wait, gets.room))
                 if price < best:
                     best, prefill, decode = price, sender.book, gets.book
-        if self._limited and best[0] > 0 and any(self._possible(ask, book) for book in books):
+        late = self._limited and (best[-1] > SAFETY * self._ttft or best[0] > 1 - SAFETY)
+        if late and any(self._possible(ask, book) for book in books):
             return None
         if shortest > MAX_WAIT_S:
             return None
@@ -257,7 +259,8 @@ class Market:
         if not self._limited:
             return (ttft + ask.each * gets.tpot + sends.stall * gets.book.running,)
         late = self._late(ttft, gets.tpot) + _harm(gets, sends.stall)
-        return late, sends.cost + gets.cost, max(sends.wait, gets.room)
+        wait, others = max(sends.wait, gets.room), sends.stall * gets.book.running
+        return late, sends.cost + gets.cost, wait, others, gets.tpot, ttft
 
     def _split(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
         sender, receiver = sends.book.spec.cost, gets.book.spec.cost
@@ -271,7 +274,8 @@ class Market:
             return (ttft + ask.each * tpot + sends.stall * sends.book.running,)
         late = self._late(ttft, tpot) + _harm(gets, 0.0)
         link = LINK_WORK * moving * (sends.book.spec.price + gets.book.spec.price)
-        return late, sends.cost + gets.cost + link, max(sends.wait, gets.room)
+        wait, others = max(sends.wait, gets.room), sends.stall * sends.book.running
+        return late, sends.cost + gets.cost + link, wait, others, tpot, ttft
 
     def _late(self, ttft: float, tpot: float) -> float:
         late = ttft / self._ttft - SAFETY if ttft > SAFETY * self._ttft else 0.0
