@@ -168,6 +168,7 @@ def _group(options: argparse.Namespace, threads: int, secret: bytes) -> GroupSpe
         means=_means(options, threads),
         secret=secret,
         allreduce=options.allreduce,
+        sums=options.sums,
     )
 
 
@@ -426,6 +427,12 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
         "--allreduce",
         choices=["star", "direct", "two-shot", "ring"],
         help="of rank 0: how sums travel (default: the fastest, by size)",
+    )
+    group.add_argument(
+        "--sums",
+        choices=["float32", "int8"],
+        default="float32",
+        help="of rank 0: int8 for a quarter of the bytes where that is faster, less exact",
     )
 
 

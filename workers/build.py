@@ -73,6 +73,7 @@ class GroupSpec:
     means: Means
     secret: bytes
     allreduce: str | None = None  # the way of every sum; None: the fastest, by size
+    sums: Literal["float32", "int8"] = "float32"  # int8: where that is faster
 
 
 def find(text: str) -> Model:
@@ -190,6 +191,8 @@ def _group_runner(
     from workers.group.leader import Leader
     from workers.group.runner import GroupOptions, GroupRunner
 
+    if group.sums == "int8":
+        check_int8_sums(mode, group.allreduce)
     leader = Leader(group.listen.host, group.listen.port, group.secret, model.name)
     leader.wait_for(group.ranks - 1, JOIN_S)
     group_options = GroupOptions(
@@ -205,5 +208,14 @@ def _group_runner(
         listen_host=group.listen.host,
         secret=group.secret,
         way=group.allreduce,
+        sums=group.sums,
     )
     return GroupRunner(leader, group_options)
+
+
+def check_int8_sums(mode: Mode, way: str | None) -> None:
+    """Raise SetupError where sums cannot travel as int8."""
+    if mode == "exact":
+        raise SetupError("int8 sums round what ranks tell each other: leave out --mode exact")
+    if way in ("star", "ring"):
+        raise SetupError(f"int8 sums travel direct or two-shot: leave out --allreduce {way}")

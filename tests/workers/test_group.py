@@ -170,6 +170,14 @@ def test_sums_may_travel_any_way(make_runner, folder, way):
     assert generate(make_runner(folder, (1, 1, 1), way=way)) == generate(alone)
 
 
+@pytest.mark.parametrize("way", ["direct", "two-shot", None])
+def test_int8_sums_cost_little(make_runner, folder, way):
+    options = {"mode": "fast", "quantize": "int8"}
+    truth = np.array(score(NativeRunner(open_checkpoint(folder, "int8"), BLOCKS, 1)))
+    group = score(make_runner(folder, (1, 1), way=way, sums="int8", **options))
+    assert np.abs(group - truth).mean() < 0.1
+
+
 def test_layers_that_are_read_anew_for_every_step_change_no_token(make_runner, group, folder):
     alone = NativeRunner(open_checkpoint(folder), BLOCKS, 1)
     group.means = replace(group.means, memory_cap=1 << 40)

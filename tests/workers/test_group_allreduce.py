@@ -7,12 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from scheduler.errors import ProtocolError
+from scheduler.errors import ProtocolError, SetupError
+from workers.build import check_int8_sums
 from workers.group.allreduce import ALGORITHMS
+from workers.group.allreduce_int8 import ALGORITHMS_INT8, decode, encode
 from workers.group.formation import connect
 from workers.group.links import accept, dial, listener
 from workers.group.sum_cost import fastest, predicted_s
-from workers.group.ways import ALWAYS, Combine, measure, rehearse
+from workers.group.ways import ALL, ALWAYS, Combine, measure, rehearse
 from workers.group.words import Peer, Use
 
 SECRET = b"a secret"
@@ -42,9 +44,7 @@ def summed(meshes, way, parts):
     """What each rank ends with."""
     results = [part.copy() for part in parts]
     with ThreadPoolExecutor(len(meshes)) as pool:
-        list(
-            pool.map(lambda rank: ALGORITHMS[way](meshes[rank], results[rank]), range(len(meshes)))
-        )
+        list(pool.map(lambda rank: ALL[way](meshes[rank], results[rank]), range(len(meshes))))
     return results
 
 
@@ -68,14 +68,41 @@ def test_sums_are_made_in_the_order_of_ranks(meshes, way):
     assert np.array_equal(summed(meshes(4), way, parts)[0], expected)
 
 
-@pytest.mark.parametrize("way", ALGORITHMS)
+@pytest.mark.parametrize("way", ALGORITHMS_INT8)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_int8_sums_are_the_same_bits_everywhere_and_no_further_off_than_their_steps(
+    meshes, way, ranks
+):
+    group = meshes(ranks)
+    rng = np.random.default_rng(ranks)
+    for length in (1, ranks - 1, 31, 577, 4096, 300_001):
+        parts = rng.normal(size=(ranks, length)).astype(np.float32)
+        results = summed(group, way, parts)
+        assert all(np.array_equal(result, results[0]) for result in results)
+        steps = sum(np.repeat(encode(part)["scale"], 32)[:length] for part in parts)
+        if way == "two-shot-int8":
+            total = sum(decode(encode(part))[:length] for part in parts)
+            steps = steps + np.repeat(encode(total)["scale"], 32)[:length]
+        assert (np.abs(results[0] - parts.sum(0)) <= 0.51 * steps).all()
+
+
+def test_groups_of_zeros_and_of_no_numbers_stay_what_they_are():
+    values = np.zeros(96, np.float32)
+    values[40], values[64] = np.nan, 254.0
+    decoded = decode(encode(values))
+    assert (decoded[:32] == 0).all()
+    assert np.isnan(decoded[32:64]).all()
+    assert decoded[64] == 254.0
+
+
+@pytest.mark.parametrize("way", ALL)
 def test_a_lost_rank_breaks_the_sum_of_all_others(meshes, way):
     group = meshes(3)
     group[2].close()
 
     def attempt(mesh):
         try:
-            ALGORITHMS[way](mesh, np.zeros(1000, np.float32))
+            ALL[way](mesh, np.zeros(1000, np.float32))
         except OSError:
             mesh.close()  # as a rank does that leaves its formation
             return True
@@ -83,6 +110,15 @@ def test_a_lost_rank_breaks_the_sum_of_all_others(meshes, way):
 
     with ThreadPoolExecutor(2) as pool:
         assert any(pool.map(attempt, group[:2]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "way", "message"),
+    [("exact", None, "leave out --mode exact"), ("fast", "ring", "leave out --allreduce ring")],
+)
+def test_int8_sums_are_refused_where_they_cannot_be(mode, way, message):
+    with pytest.raises(SetupError, match=message):
+        check_int8_sums(mode, way)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +153,11 @@ def test_a_group_takes_the_fastest_way_of_each_size_that_it_tried(meshes):
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(obey)
-        ways = measure(group[0], said.put, [256, 65_536])
+        ways = measure(group[0], said.put, [256, 65_536], ALL)
         said.put(Use(ways))
         future.result()
     assert [size for size, _ in ways] == [4096, ALWAYS]  # the middle of the two, by their ratio
-    assert {way for _, way in ways} <= ALGORITHMS.keys()
+    assert {way for _, way in ways} <= ALL.keys()
 
 
 # ── who may join ────────────────────────────────────────────────────────────────────────────────

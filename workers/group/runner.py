@@ -12,6 +12,7 @@ import numpy as np
 
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.models import BLOCK_TOKENS
+from workers.group.allreduce import ALGORITHMS
 from workers.group.candidates import packed_bytes, unpack, wanted
 from workers.group.demand import demand_of
 from workers.group.formation import connect
@@ -20,7 +21,7 @@ from workers.group.links import listener
 from workers.group.part import Means, Wanted, load_part, make_shard
 from workers.group.sharded import Embedder
 from workers.group.travel import Shelf
-from workers.group.ways import ALWAYS, Combine, measure
+from workers.group.ways import ALL, ALWAYS, Combine, measure
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run, Use
 from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
@@ -71,6 +72,7 @@ class GroupOptions:
     listen_host: str
     secret: bytes
     way: str | None = None  # of all allreduces; None: the fastest, by size
+    sums: Literal["float32", "int8"] = "float32"  # int8: where that is faster
 
 
 class GroupCache(KvCache):
@@ -293,8 +295,11 @@ class GroupRunner:
             return
         row = 4 * self._shape.hidden  # of one token
         sizes = [row * rows for rows in (1, 16, self._options.max_rows)]
-        chosen = self._options.way
-        ways = ((ALWAYS, chosen),) if chosen else measure(self._mesh, self._order, sizes)
+        chosen, int8 = self._options.way, self._options.sums == "int8"
+        if chosen:
+            ways: tuple[tuple[int, str], ...] = ((ALWAYS, chosen + "-int8" if int8 else chosen),)
+        else:
+            ways = measure(self._mesh, self._order, sizes, ALL if int8 else ALGORITHMS)
         self._order(Use(ways))
         combine.use(ways)
         logger.info("sums travel: %s", ", ".join(f"{way} up to {size} B" for size, way in ways))

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from workers.group.allreduce import ALGORITHMS
+from workers.group.allreduce_int8 import ALGORITHMS_INT8
 from workers.group.words import Try
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from workers.group.allreduce import Array, Mesh
     from workers.group.words import Word
 
+ALL = ALGORITHMS | ALGORITHMS_INT8
 ALWAYS = 1 << 62
 COUNT = 7  # sums of each way and size, the first of which is not counted
 LONG_S = 0.05  # a sum that takes longer is tried only once more
@@ -35,7 +37,7 @@ class Combine:
         self._ways = [(ALWAYS, ALGORITHMS["star"])]
 
     def use(self, ways: Sequence[tuple[int, str]]) -> None:
-        self._ways = [(size, ALGORITHMS[name]) for size, name in ways]
+        self._ways = [(size, ALL[name]) for size, name in ways]
 
     def __call__(self, part: Array) -> None:
         if self.mesh.size > 1:
@@ -48,13 +50,16 @@ def rehearse(mesh: Mesh, word: Try) -> list[float]:
     part, times = np.zeros(word.size // 4, np.float32), []
     for _ in range(word.count):
         begun = time.perf_counter()
-        ALGORITHMS[word.way](mesh, part)
+        ALL[word.way](mesh, part)
         times.append(time.perf_counter() - begun)
     return times
 
 
 def measure(
-    mesh: Mesh, say: Callable[[Word], None], sizes: Sequence[int]
+    mesh: Mesh,
+    say: Callable[[Word], None],
+    sizes: Sequence[int],
+    ways: Iterable[str] = ALGORITHMS,
 ) -> tuple[tuple[int, str], ...]:
     """The fastest way up to each of these sizes in bytes, ascending; the last one's from there on.
 
@@ -64,7 +69,7 @@ def measure(
     chosen: list[tuple[int, str]] = []
     for size in sizes:
         seconds: dict[str, float] = {}
-        for way in ALGORITHMS:
+        for way in ways:
             if seconds and time.perf_counter() - begun > BUDGET_S:
                 break
             trial = Try(way, size, 1)
