@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return bench(arguments[1:])
     options = _parser().parse_args(arguments)
+    options.given = arguments[1:]
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
         format=f"%(asctime)s [{getattr(options, 'name', None) or 'router'}] %(message)s",
@@ -83,12 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> None:
     """Router and workers on this machine."""
     from serving.console import ready_text
-    from serving.run import LocalWorkers, RouterConfig, run_router
+    from serving.run import LocalWorkers, RouterConfig, run_router, several
     from serving.secret import cluster_secret
     from workers.build import find
+    from workers.run import end_with_input
 
     counts = {role: getattr(options, role) for role in Role}
-    models = [find(text) for text in options.models] if sum(counts.values()) else []
+    wanted = sum(counts.values()) or options.sibling
+    models = [find(text) for text in options.models] if wanted else []
     names = [model.name for model in models]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SetupError(f"two models are called {twice.pop()!r}: write NAME=MODEL for one of them")
@@ -107,7 +111,12 @@ def _serve(options: argparse.Namespace) -> None:
         ),
         routing=routing_options(options),
         drain_s=options.drain_s,
+        sibling=options.sibling,
     )
+    if options.routers > 1:
+        config = several(config, options.routers, options.given)
+    if options.sibling:  # it ends with the process that started it
+        threading.Thread(target=end_with_input, name="input", daemon=True).start()
     _run(
         lambda stop: run_router(
             config, stop, lambda http, joins: print(ready_text(http, joins), flush=True)
@@ -330,6 +339,15 @@ def _serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--port", type=_port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
     )
+    command.add_argument(
+        "--routers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="router processes that share the HTTP port; workers elsewhere join each, at the"
+        " cluster port and the N-1 after it (default 1)",
+    )
+    command.add_argument("--sibling", action="store_true", help=argparse.SUPPRESS)
     command.add_argument(
         "--drain-s",
         type=_count,

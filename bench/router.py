@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import msgspec
+from msgspec.structs import replace
 from router_arms import ARMS, Arm
 from router_load import Load, Loaded
 
@@ -46,7 +47,7 @@ class Workload(msgspec.Struct, frozen=True):
     half: bool = False  # also at half the rate
 
     def tiny(self) -> Workload:
-        return msgspec.structs.replace(
+        return replace(
             self, connections=4, requests=12, step_ms=1.0, ramp_s=0.0, tokens=min(self.tokens, 8)
         )
 
@@ -111,16 +112,16 @@ def measure(router: str, name: str, workload: Workload, arm: Arm) -> Figure:
         )
         warm = max(4, workload.requests // 20)
         few = min(workload.connections, 16, warm)
-        _run(msgspec.structs.replace(load, requests=warm, connections=few, ramp_s=0.0))
+        short = min(4, workload.tokens)
+        _run(replace(load, requests=warm, connections=few, tokens=short, ramp_s=0.0))
         before = arm.cpu_s()
         done = _run(load)
         cpu = arm.cpu_s() - before
         rss = arm.rss_mb()
         added = None
         if workload.half and not done.errors:
-            half = msgspec.structs.replace(
-                load, rate=done.requests / done.wall / 2, requests=max(1, workload.requests // 3)
-            )
+            rate = done.requests / done.wall / 2
+            half = replace(load, rate=rate, requests=max(1, workload.requests // 3))
             own = workload.tokens * workload.step_ms / 1000
             added = [(late - own) * 1e3 for late in _run(half).latencies]
     count = max(done.requests, 1)

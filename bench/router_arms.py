@@ -42,7 +42,10 @@ class Arm(ABC):
     @property
     def routers(self) -> list[int]:
         """The process ids of the router."""
-        return [self._started[-1].pid]
+        parent = self._started[-1].pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        return [parent, *(pid for pid, line in lines.items() if b"--sibling" in line)]
 
     def cpu_s(self) -> float:
         """What the router has used."""

@@ -23,8 +23,13 @@ LAST = b"data: " + HEAD % b".chunk" + b'"delta":{},"finish_reason":"length"}]}\n
 class Asked(msgspec.Struct):
     """What matters of a body."""
 
-    max_tokens: int
+    max_tokens: int = 0
+    max_completion_tokens: int = 0  # what some routers make of it
     stream: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Engine:
@@ -44,12 +49,12 @@ class Engine:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         asked = self._decoder.decode(await request.read())
         if asked.stream:
-            return await self._stream(request, asked.max_tokens)
-        for _ in range(asked.max_tokens):
+            return await self._stream(request, asked.tokens)
+        for _ in range(asked.tokens):
             await self._tick.wait()
         message = b'"message":{"role":"assistant","content":"%s"},"finish_reason":"length"}],'
         usage = b'"usage":{"prompt_tokens":9,"completion_tokens":%d,"total_tokens":9}}'
-        body = HEAD % b"" + message % (b"word " * asked.max_tokens) + usage % asked.max_tokens
+        body = HEAD % b"" + message % (b"word " * asked.tokens) + usage % asked.tokens
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(self, request: web.Request, tokens: int) -> web.StreamResponse:

@@ -62,12 +62,13 @@ def build_app(generator: Generator, metrics: Metrics, limits: HttpLimits) -> web
 
 @asynccontextmanager
 async def serve(
-    app: web.Application, host: str, port: int, *, drain_s: float = 5.0
+    app: web.Application, host: str, port: int, *, drain_s: float = 5.0, shared: bool = False
 ) -> AsyncIterator[tuple[str, int]]:
     """Listen; yields the bound address (port 0 takes a free one).
 
-    A client's disconnect cancels its handler. On leaving, requests in flight have `drain_s`
-    seconds to end, then they are cancelled too. Raises SetupError if the address cannot be had.
+    A `shared` port is other processes' too: the kernel spreads connections over them. A client's
+    disconnect cancels its handler. On leaving, requests in flight have `drain_s` seconds to end,
+    then they are cancelled too. Raises SetupError if the address cannot be had.
     """
     runner = web.AppRunner(
         app,
@@ -79,7 +80,9 @@ async def serve(
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, host, port, backlog=_BACKLOG).start()
+            await web.TCPSite(
+                runner, host, port, backlog=_BACKLOG, reuse_port=shared or None
+            ).start()
         except (OSError, OverflowError) as error:
             raise SetupError(
                 f"Cannot listen for HTTP on {host}:{port}: {error}. Stop what holds the address,"

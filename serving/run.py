@@ -7,7 +7,7 @@ import gc
 import logging
 import socket
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from scheduler.messages import Address
@@ -22,7 +22,7 @@ from serving.openai.limits import HttpLimits
 from serving.placing import RoutingOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Sequence
     from typing import Any
 
     from scheduler.messages import Join, Role
@@ -43,11 +43,12 @@ class LocalWorkers:
     ranks: int = 1  # processes that together are one worker
     caps: tuple[int, ...] = ()  # bytes of memory of each rank; empty: no cap
 
-    def specs(self, cluster: Address) -> list[WorkerSpec]:
-        """One spec a process; `cluster` is where the router listens for workers."""
+    def specs(self, cluster: Address, others: Sequence[Address] = ()) -> list[WorkerSpec]:
+        """One spec a process; `cluster` and `others` are where the routers listen for workers."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(cluster.host, cluster.host)
+        routers = ",".join(f"{host}:{each.port}" for each in (cluster, *others))
         common = ("--child", "--threads", str(self.threads), *self.arguments)
-        join = ("--join", f"{host}:{cluster.port}", "--listen", cluster.host)
+        join = ("--join", routers, "--listen", cluster.host)
         specs: list[WorkerSpec] = []
         for model, location in self.models:
             prefix = f"{model}-" if len(self.models) > 1 else ""
@@ -55,9 +56,9 @@ class LocalWorkers:
                 for number in range(count):
                     name = f"{prefix}{role}-{number}"
                     own = (f"{model}={location}", *common)
-                    first, others = self._ranks(name, own)
+                    first, ranks = self._ranks(name, own)
                     arguments = ("--role", role, "--name", name, *join, *first)
-                    specs += [WorkerSpec(name, (*own, *arguments)), *others]
+                    specs += [WorkerSpec(name, (*own, *arguments)), *ranks]
         return specs
 
     def _ranks(self, name: str, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[WorkerSpec]]:
@@ -89,6 +90,9 @@ class RouterConfig:
     workers: LocalWorkers
     routing: RoutingOptions = field(default_factory=RoutingOptions)
     drain_s: float = 30.0  # what requests in flight have at the end
+    others: tuple[Address, ...] = ()  # where workers join the other routers of this port
+    siblings: tuple[WorkerSpec, ...] = ()  # these routers, if this process starts them
+    sibling: bool = False  # started by another one: takes no request before workers are here
 
 
 async def run_router(
@@ -111,12 +115,15 @@ async def run_router(
         bound = await stack.enter_async_context(
             listen(config.cluster.host, config.cluster.port, secret, members.serve)
         )
-        specs = config.workers.specs(Address(*bound))
+        specs = config.workers.specs(Address(*bound), config.others)
         tasks: list[asyncio.Task[None]] = []
         stack.push_async_callback(_end, tasks)
         app = build_app(gateway, metrics, HttpLimits())
+        while config.sibling and not gateway.ready and not stop.is_set():
+            await _either(stop, members.changed())
+        shared = config.sibling or bool(config.siblings)
         http = await stack.enter_async_context(
-            serve(app, config.http.host, config.http.port, drain_s=config.drain_s)
+            serve(app, config.http.host, config.http.port, drain_s=config.drain_s, shared=shared)
         )
 
         async def announce() -> None:
@@ -126,8 +133,9 @@ async def run_router(
 
         tasks.append(asyncio.create_task(announce()))
         _collect_rarely()
-        if specs:
-            deployment = LocalDeployment(specs, config.secret, members.joined)
+        if specs or config.siblings:
+            processes = [*config.siblings, *specs]
+            deployment = LocalDeployment(processes, config.secret, members.joined)
             tasks.append(asyncio.create_task(deployment.run()))
         await _until(stop, tasks)
         logger.info(
@@ -140,6 +148,43 @@ def _collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_AFTER, *gc.get_threshold()[1:])
+
+
+async def _either(stop: asyncio.Event, change: Coroutine[None, None, None]) -> None:
+    """Wait for `stop` or for the other."""
+    tasks = {asyncio.create_task(stop.wait()), asyncio.create_task(change)}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def several(config: RouterConfig, count: int, arguments: Sequence[str]) -> RouterConfig:
+    """The first of `count` routers that share one HTTP port; it starts the others.
+
+    Workers join all of them. The cluster ports follow each other, or are any that are free;
+    `arguments` are those of this `motley serve`. An HTTP port of 0 is chosen here.
+    """
+    http = Address(config.http.host, config.http.port or _free_port())
+    host, port = config.cluster.host, config.cluster.port
+    others = tuple(
+        Address(host, port + number if port else _free_port()) for number in range(1, count)
+    )
+    siblings = tuple(
+        WorkerSpec(
+            f"router-{number}",
+            (
+                *(*arguments, "--sibling", "--routers", "1", "--port", str(http.port)),
+                *("--prefill", "0", "--decode", "0", "--mixed", "0"),
+                *("--cluster", f"{at.host}:{at.port}"),
+            ),
+            joins=False,
+            command="serve",
+        )
+        for number, at in enumerate(others, 1)
+    )
+    return replace(config, http=http, others=others, siblings=siblings)
 
 
 async def _until(stop: asyncio.Event, tasks: list[asyncio.Task[None]]) -> None:

@@ -43,12 +43,14 @@ def run_rank(config: MemberConfig, *, child: bool) -> None:
     from workers.group.member import run_member
 
     if child:
-        threading.Thread(target=_end_with_input, name="input", daemon=True).start()
+        threading.Thread(target=end_with_input, name="input", daemon=True).start()
     run_member(config, threading.Event())
 
 
-def _end_with_input() -> None:
-    sys.stdin.buffer.read()
+def end_with_input() -> None:
+    """Ask this process to end when its standard input closes: for a thread."""
+    while os.read(0, 4096):  # not sys.stdin: its lock is held for ever, and asked for at exit
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

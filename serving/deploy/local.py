@@ -30,11 +30,12 @@ STABLE_S = 10.0  # a worker that lived this long did not die of its start: the p
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker to keep running: its name, and the arguments of `motley worker`."""
+    """One process to keep running: its name, and the arguments of `motley COMMAND`."""
 
     name: str
     arguments: tuple[str, ...]
     joins: bool = True  # a router; a rank of a group joins that instead
+    command: str = "worker"
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class LocalDeployment:
             "-P",  # what lies in the working directory must not stand in for our packages
             "-m",
             "motley",
-            "worker",
+            child.spec.command,
             *child.spec.arguments,
             stdin=asyncio.subprocess.PIPE,
             env=self._environment,

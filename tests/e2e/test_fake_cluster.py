@@ -162,3 +162,28 @@ async def test_workers_of_two_models_share_a_router(serve):
             for model, tokens in (("one", 4), ("two", 6)):  # the last token says that it ends
                 reply = await api.completions.create(model=model, prompt="hello")
                 assert reply.usage.completion_tokens == tokens
+
+
+@pytest.mark.asyncio
+async def test_two_routers_share_the_port_and_the_workers(serve, until):
+    """Each connection is one router's; both count only what came to them."""
+    shape = ("--prefill", "1", "--decode", "1", "--routers", "2")
+    with serve("fake", *shape, policy="least-load") as cluster:
+        cluster.wait_for(r"(?s)decode-0\] joined the router.*decode-0\] joined the router")
+        answers, shares = set(), set()
+
+        async def ask_anew() -> None:
+            async with client(cluster) as api:
+                answers.add(await ask(api, "hello", max_tokens=8))
+
+        def both_have_answered() -> bool:
+            shares.add(cluster.metric("motley_disagg_decision_total", "split", "decision_type"))
+            return len(shares) > 1 and min(shares) > 0
+
+        for _ in range(40):
+            await ask_anew()
+        assert until(both_have_answered, 10)
+        assert len(answers) == 1
+        children = cluster.workers()
+        assert cluster.stop() == 0
+        assert until(lambda: not cluster.alive(children), 10)
