@@ -55,6 +55,8 @@ class Book:
     outputs: float = 0.0
     expected: int = 0
     ends_sum: float = 0.0
+    over: int = 0  # that were expected to have ended, and the sum of the steps when
+    over_sum: float = 0.0
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Entry:
     held: float
     each: float  # tokens after the first, expected
     began: float = 0.0
-    end: float = 0.0  # the step by which it is expected to end; 0 once it is over
+    end: float = 0.0  # the step by which it is expected to end; negative once that is over
 
 
 class _Ask(NamedTuple):
@@ -192,9 +194,12 @@ class Market:
         book.outputs -= entry.each
         book.allowed -= self._tpot * entry.each
         book.started -= entry.began
-        if entry.end:
+        if entry.end > 0:
             book.expected -= 1
             book.ends_sum -= entry.end
+        else:
+            book.over -= 1
+            book.over_sum += entry.end
         if request.output > 1:
             self._forecast.learn_output(request.input, request.output)
 
@@ -204,10 +209,12 @@ class Market:
         while book.ends and book.ends[0][0] <= step:
             end, number = heapq.heappop(book.ends)
             entry = self._entries.get(number)
-            if entry and entry.end:
-                entry.end = 0.0
+            if entry and entry.end > 0:
+                entry.end = -end
                 book.expected -= 1
                 book.ends_sum -= end
+                book.over += 1
+                book.over_sum += end
         return max(0.0, book.ends_sum - step * book.expected)
 
     def _enter(self, number: int, ask: _Ask, prefill: Book, decode: Book) -> None:
@@ -251,16 +258,21 @@ class Market:
         slack = math.inf
         if self._limited and book.begun:
             spent = ask.now * book.begun - book.started + left * tpot
-            slack = (book.allowed - spent) / book.begun
+            more = self._tpot * (book.over * (lane.step + gone / step) - book.over_sum)
+            slack = (book.allowed + more - spent) / book.begun
         return sender, _Receiver(tpot, book, room, book.spec.price * ask.each * own, slack)
 
     def _whole(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
         ttft = sends.ttft + max(0.0, gets.room - sends.wait)
         if not self._limited:
             return (ttft + ask.each * gets.tpot + sends.stall * gets.book.running,)
-        late = self._late(ttft, gets.tpot) + _harm(gets, sends.stall)
+        tpot = gets.tpot
+        if not gets.book.takes:  # see Pricer.whole
+            mixed = _mixed(gets.book, ask.now)
+            tpot *= (1 - mixed) / (1 - min(MOST_MIXED, mixed + sends.stall / MIXING_S))
+        late = self._late(ttft, tpot) + _harm(gets, sends.stall)
         wait, others = max(sends.wait, gets.room), sends.stall * gets.book.running
-        return late, sends.cost + gets.cost, wait, others, gets.tpot, ttft
+        return late, sends.cost + gets.cost, wait, others, tpot, ttft
 
     def _split(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
         sender, receiver = sends.book.spec.cost, gets.book.spec.cost
