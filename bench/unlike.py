@@ -7,7 +7,7 @@ is measured and the exit code is 3. What is shown:
   caps: a worker with a third of the CPU should be a third as fast.
 - goodput: requests per second within both limits, at the same offered requests, alternately
   under `priced` and `least-load`. Limits: TTFT five times a lone request's on a worker with
-  half a core, TPOT three times.
+  half a core, TPOT three times. Nothing is guessed ahead, so that a token is a step.
 - follows: one worker's cap is halved mid-run; its share of all tokens before and after.
 
     python -m bench.unlike
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("/sys/fs/cgroup/cpu")
 PERIOD_US = 20_000
+SHARES = 16_384  # 1,024 is usual
 CAPS = {"half-0": 0.5, "half-1": 0.5, "sixth": 0.165}  # cores
 MODEL = "smollm2"
 NAME = "smollm2-135m-instruct"
@@ -49,13 +50,18 @@ SKIPPED = 3
 
 
 @contextmanager
-def group(name: str, cores: float) -> Iterator[Path]:
-    """A control group with this CPU cap; removed at the end. Raises OSError where there is none."""
+def group(name: str, cores: float | None) -> Iterator[Path]:
+    """A control group with this CPU cap; removed at the end. Raises OSError where there is none.
+
+    Its share is large, so that the cap decides and not what else the machine does.
+    """
     path = ROOT / f"motley-unlike-{os.getpid()}-{name}"
     path.mkdir()
     try:
+        (path / "cpu.shares").write_text(str(SHARES))
         (path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-        cap(path, cores)
+        if cores:
+            cap(path, cores)
         yield path
     finally:
         path.rmdir()
@@ -93,10 +99,12 @@ async def cluster(policy: str) -> AsyncIterator[Cluster]:
         groups = {name: stack.enter_context(group(name, cores)) for name, cores in CAPS.items()}
         http, join = _free_port(), f"127.0.0.1:{_free_port()}"
         shape = ("--prefill", "0", "--decode", "0", "--port", str(http), "--cluster", join)
-        stack.enter_context(_process(("serve", MODEL, *shape, "--policy", policy)))
+        router = stack.enter_context(group("router", None))
+        stack.enter_context(_process(("serve", MODEL, *shape, "--policy", policy), inside=router))
         for name, path in groups.items():
             role = ("--role", "mixed", "--name", name, "--join", join)
-            worker = ("worker", MODEL, *role, "--threads", "1", "--kv-tokens", "8192")
+            engine = ("--threads", "1", "--kv-tokens", "8192", "--no-speculation")
+            worker = ("worker", MODEL, *role, *engine)
             stack.enter_context(_process(worker, inside=path))
         it = Cluster(f"http://127.0.0.1:{http}", groups)
         async with aiohttp.ClientSession() as session, asyncio.timeout(READY_S):
@@ -105,11 +113,10 @@ async def cluster(policy: str) -> AsyncIterator[Cluster]:
 
 
 @contextmanager
-def _process(words: tuple[str, ...], inside: Path | None = None) -> Iterator[None]:
+def _process(words: tuple[str, ...], inside: Path) -> Iterator[None]:
     """`motley WORDS`, from its first instruction in the control group."""
-    command = [sys.executable, "-m", "motley", *words]
-    if inside:
-        command = ["sh", "-c", f'echo $$ > {inside}/cgroup.procs && exec "$@"', "sh", *command]
+    enter = f'echo $$ > {inside}/cgroup.procs && exec "$@"'
+    command = ["sh", "-c", enter, "sh", sys.executable, "-m", "motley", *words]
     environment = os.environ | {"MOTLEY_SECRET": "of this bench"}
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -256,7 +263,9 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=40.0, help="of a run (default 40)")
     parser.add_argument("--rounds", type=int, default=2, help="of each policy (default 2)")
-    parser.add_argument("--busy", type=float, default=1.5, help="times one by one (default 1.5)")
+    parser.add_argument(
+        "--busy", type=float, default=1.0, help="of what the workers do one by one (default 1)"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     try:
