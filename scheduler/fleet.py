@@ -61,7 +61,7 @@ class Worker:
     running: int = 0  # choices that it decodes, or will
     context: float = 0.0  # tokens of these, half of their predicted output included
     held: float = 0.0  # tokens of KV cache that they will need
-    moving: float = 0.0  # bytes of KV cache on their way to or from it
+    moving: float = 0.0  # bytes of KV cache that prefills have left behind, to or from it
     outputs: float = 0.0  # tokens that those which have begun will give, as predicted
     left: float = 0.0  # of these, the ones that are still to come
     # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits

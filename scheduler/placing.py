@@ -39,7 +39,7 @@ class Placement:
     held: float  # tokens of KV cache there
     bytes: float = 0.0  # on the link
     queued: bool = True  # its prompt is not computed
-    moving: bool = False  # its KV cache is not there
+    moving: bool = False  # its prompt is computed and its KV cache not there
     began: float = 0.0  # when its prompt was computed
     limit: float = 0.0  # seconds that its output may take, if there is a limit
     ended: bool = False
@@ -88,6 +88,10 @@ class Placer:
         placement.queued = False
         placement.began = now
         placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
+        if placement.bytes:
+            placement.moving = True
+            placement.prefill.moving += placement.bytes
+            decode.moving += placement.bytes
         decode.left += placement.left
         decode.outputs += placement.outputs
         if demand.tpot_s < math.inf and not demand.prefill_only:
@@ -157,9 +161,6 @@ class Placer:
         decode.running += demand.choices
         decode.context += placement.context
         decode.held += placement.held
-        if placement.moving:
-            prefill.moving += placement.bytes
-            decode.moving += placement.bytes
 
 
 def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
@@ -178,6 +179,5 @@ def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
         context=(demand.prompt_tokens + output / 2) * demand.choices,
         held=demand.prompt_tokens + output * demand.choices,
     )
-    if placement.split and size:
-        placement.bytes, placement.moving = size, True
+    placement.bytes = size if placement.split else 0.0
     return placement
