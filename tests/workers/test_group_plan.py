@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from motley import main
 from scheduler.errors import SetupError
-from workers.group.plan import BETTER, Box, Demand, choose, load_of, make_plan
+from workers.group.plan import BETTER, SUM_S, Box, Demand, choose, load_of, make_plan
 from workers.group.sum_cost import predicted_s
 from workers.weights.random_model import SHAPES
 
@@ -34,7 +34,8 @@ def parts(plan):
 
 def test_boxes_alike_share_alike_and_a_token_is_half_the_work_and_the_sums():
     plan = make_plan(DEMAND, [box("a"), box("b")])
-    sums_s = 2 * SHAPE.layers * predicted_s("direct", 2, 4 * SHAPE.hidden, 1e-4, 125e6)
+    sum_s = SUM_S + predicted_s("direct", 2, 4 * SHAPE.hidden, 1e-4, 125e6)
+    sums_s = 2 * SHAPE.layers * sum_s
     assert (plan.way, plan.sums_s) == ("direct", pytest.approx(sums_s))
     assert plan.token_s == pytest.approx(WHOLE.weights / 2 / 5e9 + sums_s, rel=0.01)
     assert plan.bound == "compute"

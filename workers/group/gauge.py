@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from workers.group.links import Link
     from workers.group.part import Means
 
-KIND, SIDE, MATRICES = "Q4_0", 2048, 16  # 36 MB: more than the caches of most processors
+KIND, SIDE = "Q4_1", 2048
+WORKING_SET = 96 << 20  # more than the caches of most processors; under a cap a quarter of that
 COMPUTE_S = 0.3
 OPENING = 16 << 20  # bytes that a process grows by until its weights are loaded
 STEP = 2**0.25  # what is measured is rounded so: the same machine gets the same shares next time
@@ -44,10 +45,11 @@ def gauge(name: str, means: Means) -> Box | None:
     if not dispatch.instruction_sets():
         return None
     base = used_bytes() + OPENING
+    working_set = min(WORKING_SET, (means.memory_cap or 4 * WORKING_SET) // 4)
     rate = disk_rate(means.shards, direct=means.direct) if means.memory_cap else 0.0
     return Box(
         name=name,
-        weights_per_s=_rounded(compute_rate(means.threads)),
+        weights_per_s=_rounded(compute_rate(means.threads, working_set)),
         latency_s=0.0,
         link_bytes_per_s=1e12,
         cap=means.memory_cap,
@@ -56,13 +58,14 @@ def gauge(name: str, means: Means) -> Box | None:
     )
 
 
-def compute_rate(threads: int) -> float:
-    """Weights that are multiplied by one row in a second."""
+def compute_rate(threads: int, working_set: int) -> float:
+    """Weights of 4 bits that one row is multiplied by in a second, out of so many bytes of them."""
     size = packed_bytes(KIND, SIDE, SIDE)
+    matrices = max(1, working_set // size)
     program = Program(Pool(threads), 1)
     acts, out = program.acts(SIDE), program.floats(SIDE)
     acts.data[:] = 0
-    for _ in range(MATRICES):
+    for _ in range(matrices):
         program.matmul(Matrix.packed(KIND, SIDE, SIDE, np.ones(size, np.uint8)), acts, out)
     times: list[float] = []
     until = time.perf_counter() + COMPUTE_S
@@ -70,7 +73,7 @@ def compute_rate(threads: int) -> float:
         begun = time.perf_counter()
         program.run([0], [Span(0, 1, 0, [0])], [])
         times.append(time.perf_counter() - begun)
-    return MATRICES * SIDE * SIDE / min(times)  # undisturbed
+    return matrices * SIDE * SIDE / min(times)  # undisturbed
 
 
 def disk_rate(shards: Path, *, direct: bool) -> float:

@@ -28,6 +28,7 @@ from workers.weights.families import EMBEDDING, LM_HEAD, model_tensors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SUM_S = 5e-5  # of each sum beside the network: out of the kernels and back (measured on SmolLM2)
 BETTER = 1.05  # how much faster it must be to leave a box out: rates are measured
 LONGEST_S = 1e5  # of a token; what takes longer does not fit
 STEPS = 60  # of the bisection
@@ -231,7 +232,8 @@ def _sums(shape: ModelShape, boxes: Sequence[Box]) -> tuple[str, float]:
     rate = min(box.link_bytes_per_s for box in boxes)
     row = 4 * shape.hidden
     way = fastest(len(boxes), row, latency_s, rate)
-    return way, 2 * shape.layers * predicted_s(way, len(boxes), row, latency_s, rate)
+    sum_s = SUM_S + predicted_s(way, len(boxes), row, latency_s, rate)
+    return way, 2 * shape.layers * sum_s
 
 
 # ── before cutting: parts of the model as if it could be cut anywhere ───────────────────────────
