@@ -107,6 +107,7 @@ class _Coarse:
             if at >= len(lanes):
                 number = at - len(lanes)
                 prompt = Prompt(number, self._requests[number].input, 1)
+                self._market.books[self._prefills[number]].coming -= prompt.tokens
                 self._add(prompt, self._prefills[number], then)
             elif lanes[at].due <= then:
                 self._hear(lanes[at].advance(then), at)
@@ -132,7 +133,9 @@ class _Coarse:
         self._prefills[number], self._decodes[number] = prefill, decode
         if prefill == decode or request.output == 1:
             self._add(Prompt(number, request.input, request.output), prefill, now)
-        elif self._waiting[decode] or not self._lanes[decode].reserve(request.input):
+            return
+        self._market.books[prefill].coming += request.input
+        if self._waiting[decode] or not self._lanes[decode].reserve(request.input):
             self._waiting[decode].append(number)
         else:
             self._granted(number, now)

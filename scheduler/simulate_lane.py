@@ -147,9 +147,14 @@ class Lane:
         )
 
     def _admitted(self) -> bool:
-        """Whether the prompt at the head is computed now."""
-        if self.queue and not self._left and self._fits(self.queue[0].tokens):
-            self._left = self.queue[0].tokens
+        """Whether the prompt at the head is computed now; where nobody decodes it always is.
+
+        Otherwise two workers could wait for the prompts that they have promised each other.
+        """
+        if self.queue and not self._left:
+            tokens = self.queue[0].tokens
+            if not self._running or self._fits(tokens):
+                self._left = tokens
         return self._left > 0
 
     def _lump(self) -> tuple[float, float, int]:

@@ -40,6 +40,7 @@ class Book:
     takes: bool  # prompts for others
     gives: bool  # decodes
     token_s: float
+    coming: int = 0  # prompt tokens that wait for blocks where they will be decoded
     running: int = 0
     context: float = 0.0
     held: float = 0.0
@@ -235,8 +236,8 @@ class Market:
         per = cost.token + step / max(chunk - running, chunk // 4)
         attention = cost.attend * ask.attended
         lane, gone = book.lane, max(0.0, ask.now - book.lane.now)
-        wait = lane.queued * per
-        if wait:
+        wait = (lane.queued + book.coming) * per
+        if lane.queue:
             wait -= min(gone, wait / len(lane.queue))
         sender = _Sender(
             wait + ask.tokens * per + attention,
