@@ -6,11 +6,9 @@ import argparse
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.errors import SetupError
@@ -19,10 +17,13 @@ from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
 from scheduler.plan_command import add_arguments as add_plan_arguments
 from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
 from scheduler.simulate_command import add_arguments as add_simulate_arguments
-from serving.routing_arguments import add_routing_arguments, routing_options
+from serving.arguments import EXAMPLES as SERVE_EXAMPLES
+from serving.arguments import add_serve_arguments
+from serving.routing_arguments import routing_options
+from workers.arguments import EXAMPLES as WORKER_EXAMPLES
+from workers.arguments import add_engine_arguments, add_worker_arguments
 from workers.group.plan_command import EXAMPLES as GROUP_PLAN_EXAMPLES
 from workers.group.plan_command import add_arguments as add_group_plan_arguments
-from workers.group.units import SIZES, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -31,30 +32,6 @@ if TYPE_CHECKING:
     from workers.group.part import Means
 
 logger = logging.getLogger("motley")
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-HTTP_PORT, CLUSTER_PORT = 8000, 8100
-MAX_PORT = 65535
-
-SERVE_EXAMPLES = """\
-MODEL is a known name (smollm2), a GGUF file, a folder of safetensors, or a Hugging Face repository
-as org/name; NAME=MODEL chooses the name that clients write. Several models share the router.
-
-examples:
-  motley serve
-  motley serve ./model.gguf --prefill 2 --decode 1
-  motley serve smollm2 chat=./folder --prefill 0 --decode 0 --mixed 1
-  motley serve smollm2 --cluster 0.0.0.0:8100    # workers on other machines may join
-"""
-WORKER_EXAMPLES = """\
-example, on another machine, with what `motley secret` prints on the router's:
-  MOTLEY_SECRET=… motley worker smollm2 --role decode --join 192.0.2.7:8100
-
-a group of two machines that share one model; the second joins the first:
-  motley worker smollm2 --join 192.0.2.7:8100 --group g --rank 0 --ranks 2 \\
-      --group-listen 0.0.0.0:8200
-  motley worker smollm2 --join 192.0.2.8:8200 --group g
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -300,8 +277,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`motley COMMAND --help` has examples; `motley bench --help` is the load test.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _serve_arguments(_command(commands, "serve", _serve, SERVE_EXAMPLES))
-    _worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
+    serve = _command(commands, "serve", _serve, SERVE_EXAMPLES)
+    add_serve_arguments(serve)
+    add_engine_arguments(serve)
+    add_worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
     add_simulate_arguments(_command(commands, "simulate", _simulate, SIMULATE_EXAMPLES))
     groups = commands.add_parser("group", help="Plan a group of machines that share one model.")
@@ -328,233 +307,6 @@ def _command(
     command.set_defaults(run=run)
     command.add_argument("--verbose", action="store_true", help="log more")
     return command
-
-
-def _serve_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("models", nargs="*", default=[DEFAULT_MODEL], metavar="MODEL")
-    command.add_argument("--prefill", type=_count, default=1, metavar="N", help="default 1")
-    command.add_argument("--decode", type=_count, default=1, metavar="N", help="default 1")
-    command.add_argument("--mixed", type=_count, default=0, metavar="N", help="default 0")
-    command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
-    command.add_argument(
-        "--port", type=_port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
-    )
-    command.add_argument(
-        "--routers",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="router processes that share the HTTP port; workers elsewhere join each, at the"
-        " cluster port and the N-1 after it (default 1)",
-    )
-    command.add_argument("--sibling", action="store_true", help=argparse.SUPPRESS)
-    command.add_argument(
-        "--drain-s",
-        type=_count,
-        default=30,
-        metavar="S",
-        help="at the end, what requests in flight have to finish (default 30)",
-    )
-    command.add_argument(
-        "--cluster",
-        type=_address,
-        default=Address("127.0.0.1", 0),
-        metavar="HOST:PORT",
-        help=f"where workers join, e.g. 0.0.0.0:{CLUSTER_PORT} (default: this machine only)",
-    )
-    command.add_argument(
-        "--group-ranks",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="make each worker a group of N processes that share its model (default 1)",
-    )
-    command.add_argument(
-        "--memory-cap",
-        type=_sizes,
-        default=(),
-        metavar="SIZE,…",
-        help="of each rank's process, one for all or one each: 300MB,300MB,1GB",
-    )
-    add_routing_arguments(command)
-    _engine_arguments(command)
-
-
-def _worker_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument(
-        "--join",
-        type=_addresses,
-        required=True,
-        metavar="HOST:PORT[,…]",
-        help="its routers; each of several sees what the others send here",
-    )
-    command.add_argument("--role", choices=[str(role) for role in Role], default="mixed")
-    command.add_argument("--name", default=f"{os.uname().nodename}-{secrets.token_hex(3)}")
-    command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
-    command.add_argument("--advertise", metavar="HOST", help="how other workers reach this one")
-    command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    _group_arguments(command)
-    _engine_arguments(command)
-
-
-def _group_arguments(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "groups", "several processes, on any machines, that together are one worker"
-    )
-    group.add_argument("--group", metavar="NAME", help="be a rank of this group")
-    group.add_argument(
-        "--rank", type=_count, metavar="R", help="0: speak for the group; else leave it out"
-    )
-    group.add_argument(
-        "--ranks", type=_positive, default=1, metavar="N", help="of rank 0: wait for N"
-    )
-    group.add_argument(
-        "--group-listen",
-        type=_address,
-        default=Address("127.0.0.1", 0),
-        metavar="HOST:PORT",
-        help="of rank 0: where the other ranks join",
-    )
-    group.add_argument(
-        "--weight",
-        type=_weight,
-        metavar="W",
-        help="share of the work, relative to other ranks (default: measured and planned)",
-    )
-    group.add_argument(
-        "--memory-cap",
-        type=size,
-        metavar="SIZE",
-        help="of this rank's process, such as 500MB: weights that do not fit pass through",
-    )
-    group.add_argument(
-        "--shards", type=Path, metavar="DIR", help="where the weights of a rank with a cap are kept"
-    )
-    group.add_argument(
-        "--fetch",
-        action="store_true",
-        help="rank 0 sends this rank its weights: MODEL is only the name that the group serves",
-    )
-    group.add_argument(
-        "--stream-cached",
-        action="store_true",
-        help="stream weights through the page cache: faster where that holds them all",
-    )
-    group.add_argument(
-        "--allreduce",
-        choices=["star", "direct", "two-shot", "ring"],
-        help="of rank 0: how sums travel (default: the fastest, by size)",
-    )
-    group.add_argument(
-        "--sums",
-        choices=["float32", "int8"],
-        default="float32",
-        help="of rank 0: int8 for a quarter of the bytes where that is faster, less exact",
-    )
-
-
-def _engine_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--threads", type=_count, default=0, metavar="N", help="of a worker (default: its share)"
-    )
-    command.add_argument(
-        "--kv-tokens",
-        type=_count,
-        default=16384,
-        metavar="N",
-        help="tokens of KV cache of a worker (default 16384)",
-    )
-    command.add_argument(
-        "--mode",
-        choices=["fast", "exact"],
-        default="fast",
-        help="fast: int8 activations, fp16 KV cache (default); exact: fp32 throughout",
-    )
-    command.add_argument(
-        "--kv-dtype",
-        choices=["float16", "int8"],
-        default="float16",
-        help="of fast mode's KV cache; int8 halves its memory (default float16)",
-    )
-    command.add_argument(
-        "--kv-codecs",
-        type=_kv_codecs,
-        default=("raw", "int8"),
-        metavar="raw,int8,int4",
-        help="how a KV cache may travel, best quality first; a link gets the first one that keeps "
-        "up with prefill, and exact mode always raw (default raw,int8)",
-    )
-    command.add_argument(
-        "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"
-    )
-    command.add_argument(
-        "--no-speculation",
-        dest="speculate",
-        action="store_false",
-        help="never guess tokens ahead (the output is the same)",
-    )
-    command.add_argument(
-        "--itl-bound-ms",
-        type=_count,
-        metavar="MS",
-        help="cut prompts so that no gap between tokens gets longer (default: no bound)",
-    )
-
-
-def _weight(text: str) -> float:
-    if not 0 < (weight := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return weight
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def size(text: str) -> int:
-    try:
-        return int(quantity(text, SIZES))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(size(part) for part in text.split(","))
-
-
-def _kv_codecs(text: str) -> tuple[str, ...]:
-    codecs, known = tuple(text.split(",")), ("raw", "int8", "int4")
-    if unknown := set(codecs).difference(known):
-        raise argparse.ArgumentTypeError(f"{unknown.pop()!r} is none of {', '.join(known)}")
-    return codecs
-
-
-def _positive(text: str) -> int:
-    if (number := _count(text)) == 0:
-        raise argparse.ArgumentTypeError("one is the least")
-    return number
-
-
-def _port(text: str) -> int:
-    number = _count(text)
-    if number > MAX_PORT:  # the system would take its lower 16 bits
-        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at {MAX_PORT}")
-    return number
-
-
-def _address(text: str) -> Address:
-    host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 192.0.2.7:8100")
-    return Address(host.strip("[]"), _port(port))
-
-
-def _addresses(text: str) -> tuple[Address, ...]:
-    return tuple(map(_address, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from motley import size
+from scheduler.argument_types import size
 from workers.build import find
 from workers.group.gauge import read_rate
 from workers.weights.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from scheduler.errors import SetupError
-from workers.group.units import COUNTS, RATES, SIZES, TIMES, quantity
+from scheduler.units import COUNTS, RATES, SIZES, TIMES, quantity
 
 if TYPE_CHECKING:
     import argparse
