@@ -6,7 +6,7 @@
     python bench/router.py
     python bench/router.py --routers motley --only crowd
 
-Each router is a process of its own, and so are its two workers or engines and the load. The CPU
+Each router is a process of its own, and so are its workers or engines and the load. The CPU
 time is the router's alone, from /proc, and robust on a busy machine; requests a second and
 latencies are not. A token of a prompt is 4 bytes. `added` is the latency at half the rate that the
 closed loop reached, less the time that the tokens take by themselves.
@@ -45,6 +45,7 @@ class Workload(msgspec.Struct, frozen=True):
     step_ms: float  # a token's time
     ramp_s: float = 0.0
     half: bool = False  # also at half the rate
+    engines: int = 2
 
     def tiny(self) -> Workload:
         return replace(
@@ -56,7 +57,7 @@ WORKLOADS = {
     "chat": Workload(1200, 16, False, 16, 3000, 1.0, half=True),
     "long": Workload(220_000, 1, False, 4, 150, 1.0),
     "sse": Workload(1200, 50, True, 16, 1000, 1.0),
-    "crowd": Workload(1200, 100, True, 2000, 2000, 200.0, ramp_s=8.0),
+    "crowd": Workload(1200, 100, True, 2000, 2000, 200.0, ramp_s=20.0, engines=8),
 }
 
 
@@ -85,7 +86,7 @@ def main() -> int:
     for name in options.only:
         workload = WORKLOADS[name].tiny() if options.tiny else WORKLOADS[name]
         for router in options.routers:
-            arm = ARMS[router](options.peers, workload.step_ms, options.processes)
+            arm = ARMS[router](options.peers, workload.step_ms, options.processes, workload.engines)
             figures.append(measure(router, name, workload, arm))
             if not options.json:
                 _print(figures[-1], head=len(figures) == 1)

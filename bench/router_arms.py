@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READY_S = 90.0
-ENGINES = 2
 ROOT = Path(__file__).parents[1]
 QUESTION = b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"Hello"}]}'
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -27,12 +26,13 @@ TICKS = os.sysconf("SC_CLK_TCK")
 class Arm(ABC):
     """A context: inside, the router answers on `port`."""
 
-    def __init__(self, peers: Path, step_ms: float, processes: int) -> None:
+    def __init__(self, peers: Path, step_ms: float, processes: int, engines: int) -> None:
         self.port = free_port()
         self.processes = 1
         self._peers = peers
         self._step_ms = step_ms
         self._asked = processes
+        self._engines = engines
         self._started: list[subprocess.Popen[bytes]] = []
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Motley(Arm):
     def start(self) -> None:
         self.processes = self._asked
         model = f"m=fake:step_ms={self._step_ms},word=4"
-        roles = ("--prefill", "0", "--decode", "0", "--mixed", str(ENGINES))
+        roles = ("--prefill", "0", "--decode", "0", "--mixed", str(self._engines))
         routers = ("--routers", str(self._asked)) if self._asked > 1 else ()
         self._begin(
             *(sys.executable, "motley.py", "serve", model, *roles, *routers),
@@ -125,7 +125,7 @@ class Relay(Arm):
     words: tuple[str, ...] = ()
 
     def start(self) -> None:
-        ports = [free_port() for _ in range(ENGINES)]
+        ports = [free_port() for _ in range(self._engines)]
         for port in ports:
             engine = str(Path(__file__).with_name("router_engine.py"))
             self._begin(sys.executable, engine, str(port), str(self._step_ms))
@@ -150,7 +150,7 @@ class VllmRouter(Relay):
     module = "vllm-router"
 
 
-ARMS: dict[str, Callable[[Path, float, int], Arm]] = {
+ARMS: dict[str, Callable[[Path, float, int, int], Arm]] = {
     "motley": Motley,
     "sglang-router": SglangRouter,
     "vllm-router": VllmRouter,

@@ -18,7 +18,7 @@ import uvloop
 
 DONE = b"data: [DONE]"
 EVENT = b"data: "
-PATIENCE_S = 60.0  # for one request
+PATIENCE_S = 180.0  # for one request
 
 
 class Load(msgspec.Struct, frozen=True):
