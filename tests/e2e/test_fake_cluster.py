@@ -180,7 +180,7 @@ async def test_two_routers_share_the_port_and_the_workers(serve, until):
             shares.add(cluster.metric("motley_disagg_decision_total", "split", "decision_type"))
             return len(shares) > 1 and min(shares) > 0
 
-        for _ in range(40):
+        for _ in range(41):  # odd, so that no two counts are equal
             await ask_anew()
         assert until(both_have_answered, 10)
         assert len(answers) == 1
