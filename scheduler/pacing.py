@@ -8,7 +8,7 @@ slows down or a context that grows.
 
 from __future__ import annotations
 
-MARGIN = 0.8  # of the bound: the model is a line, and steps vary
+MARGIN = 0.75  # of the bound: the model is a line, steps vary, and other processes compute too
 # Weights of the newest step in the averages. A prompt's tokens get dearer as its context grows, and
 # an average that lags behind them breaks the bound: slower is believed sooner than faster.
 SLOWER, FASTER = 0.7, 0.3

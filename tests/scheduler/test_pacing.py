@@ -26,8 +26,8 @@ def taught(bound_s: float | None, decode_s: float, token_s: float) -> Pace:
         (taught(None, 0.01, 0.001), 8, 500),
         (taught(0.1, 0.01, 0.001), 0, 500),  # nobody waits for a next token
         (Pace(0.1), 8, FIRST_CHUNK),  # nothing is known
-        (taught(0.1, 0.01, 0.001), 8, 70),  # 0.8 · 100 ms = 10 ms + 70 · 1 ms
-        (taught(0.1, 0.05, 0.001), 8, 30),
+        (taught(0.1, 0.01, 0.001), 8, 65),  # 0.75 · 100 ms = 10 ms + 65 · 1 ms
+        (taught(0.1, 0.05, 0.001), 8, 25),
         (taught(0.1, 0.01, 0.00001), 8, 500),  # never more than the step holds
         (taught(0.1, 0.2, 0.001), 8, LEAST_CHUNK),  # never so few that a prompt starves
     ],
@@ -69,10 +69,10 @@ def test_a_long_prompt_comes_in_chunks_only_while_others_decode():
     decoding.tokens.append(0)
     batch.add(prompt)
     step = batch.next_step()
-    assert (step.decodes, step.prompt_tokens) == (1, 70)
+    assert (step.decodes, step.prompt_tokens) == (1, 65)
     batch.advance(step)
     batch.remove(decoding)
-    assert batch.next_step().prompt_tokens == 230
+    assert batch.next_step().prompt_tokens == 235
 
 
 def test_tokens_that_get_dearer_with_the_context_stay_within_the_bound():
