@@ -127,8 +127,8 @@ class Text:
         style = style_of(chat_template or "")
         self._knows_tools = style is not None
         self.call_style = style or HERMES
-        marks = (self.call_style.start, self.call_style.end)
-        self._call_marks = frozenset(map(tokenizer.token_to_id, marks)) - eos_ids - {None}
+        marks = map(tokenizer.token_to_id, self.call_style.marks)
+        self._call_marks = frozenset(marks) - eos_ids - {None}
         self.eos_ids = eos_ids
         self.context_length = context_length
         words = [chat_template, sorted(eos_ids), sorted(special_tokens.items())]

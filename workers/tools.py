@@ -1,9 +1,10 @@
 """Tool calls, found in an answer's text as it grows.
 
-Families write calls in ways of their own, all of them JSON objects with a name and arguments:
+Families write calls in ways of their own, most as JSON objects with a name and arguments:
 
     Hermes, Qwen   text <tool_call>{"name": …, "arguments": {…}}</tool_call> <tool_call>…
     Mistral        text [TOOL_CALLS][{"name": …, "arguments": {…}}, …]
+    since 2025     text [TOOL_CALLS]name[ARGS]{…}[TOOL_CALLS]name[CALL_ID]id[ARGS]{…}
     Llama 3        {"name": …, "parameters": {…}}; …          instead of text, not within it
     forced         [{"name": …, "arguments": {…}}, …]         by the grammar, in every family
 """
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from scheduler.request import ToolUse
 
 
-_SEPARATORS = " \n\r\t,;[]"  # around the objects of calls
+_SEPARATORS = " \n\r\t,;]"  # around the objects of calls; and [, where no mark begins
 
 
 class Style(NamedTuple):
@@ -30,10 +31,16 @@ class Style(NamedTuple):
 
     start: str  # what calls follow; empty: an answer that begins with { is made of calls
     end: str = ""  # what text follows again
+    within: tuple[str, ...] = ()  # marks of a call whose name stands before its arguments
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All that must reach the parser, though a reader never sees it."""
+        return (self.start, self.end, *self.within)
 
 
 HERMES = Style("<tool_call>", "</tool_call>")
-MISTRAL = Style("[TOOL_CALLS]")
+MISTRAL = Style("[TOOL_CALLS]", within=("[ARGS]", "[CALL_ID]"))
 LLAMA = Style("<|python_tag|>")
 BARE = Style("")
 
@@ -138,21 +145,27 @@ class CallParser:
     def _between(self, said: Said) -> bool:
         """Before, between or after calls."""
         style = self._style
-        self._held = held = self._held.lstrip(_SEPARATORS)
+        held = self._held.lstrip(_SEPARATORS)
         if style.end and held.startswith(style.end):
             self._held = held[len(style.end) :]
             self._calling, self._after = False, True
             return True
-        if not held or (style.end and style.end.startswith(held)):
-            return False
-        if style.start and style.start.startswith(held):
-            return False
-        if held.startswith("{"):
-            self._open = _Object(self.count)
-            return True
         if style.start and held.startswith(style.start):
             self._held = held[len(style.start) :]
             return True
+        if any(mark.startswith(held) for mark in (style.start, style.end)):
+            self._held = held
+            return False
+        self._held = held = held.lstrip(_SEPARATORS + "[")
+        if held.startswith("{"):
+            self._open = _Object(self.count)
+            return True
+        if style.within and (named := _NAMED.match(held)):
+            self._open = _Object(self.count, named["name"])
+            self._held = held[named.end() :]
+            return True
+        if not held or (style.within and _NAME_SO_FAR.fullmatch(held)):
+            return False
         self._calling = False  # no call after all
         said.text += self._held
         self._held = ""
@@ -177,13 +190,21 @@ _HEAD = re.compile(
 )
 
 
-class _Object:
-    """One JSON object that may be a call. Arguments leave as they come once the name is known."""
+_NAMED = re.compile(r"(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{)")
+_NAME_SO_FAR = re.compile(r"[\w.-]+(?:\[[A-Z_]*(?:\]\w*(?:\[[A-Z]*\]?)?)?)?\s*")
 
-    def __init__(self, index: int) -> None:
+
+class _Object:
+    """One JSON object that may be a call. Arguments leave as they come once the name is known.
+
+    With a `name` that stood before it, all of it are arguments.
+    """
+
+    def __init__(self, index: int, name: str | None = None) -> None:
         self.index = index
         self.raw = ""
         self.begun = False
+        self._name = name
         self.closed = False
         self._depth = 0
         self._string = False
@@ -217,7 +238,9 @@ class _Object:
 
     def _deltas(self) -> list[CallDelta]:
         name = None
-        if not self.begun:
+        if not self.begun and self._name is not None:
+            self.begun, name = True, self._name
+        elif not self.begun:
             head = _HEAD.match(self.raw)
             if head is None:
                 return self._whole() if self.closed else []
@@ -229,6 +252,8 @@ class _Object:
 
     def _arguments_end(self) -> int:
         """How much of `raw` certainly belongs to the arguments: their object has depth 2."""
+        if self._name is not None:
+            return len(self.raw)
         if self.closed:
             return len(self.raw[:-1].rstrip())
         if self._depth >= 2 or self._string:
