@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from scheduler.cost import CostModel
+    from scheduler.links import Link
     from scheduler.messages import Address, Load
 
 Rank = tuple[int, int]  # (priority, share): a lower one is served first
@@ -62,6 +63,7 @@ class Worker:
     context: float = 0.0  # tokens of these, half of their predicted output included
     held: float = 0.0  # tokens of KV cache that they will need
     moving: float = 0.0  # bytes of KV cache that prefills have left behind, to or from it
+    links: dict[str, Link] = field(default_factory=dict)  # to others, by name
     outputs: float = 0.0  # tokens that those which have begun will give, as predicted
     left: float = 0.0  # of these, the ones that are still to come
     # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits
@@ -91,6 +93,12 @@ class Worker:
         """
         both = self.role is other.role is Role.MIXED
         return self is not other and (not both or self._order < other._order)
+
+    def link_bytes_s(self, other: Worker, now: float) -> float:
+        """Bytes of KV cache per second from here to there."""
+        assumed = min(self.cost.link_bytes_s, other.cost.link_bytes_s)
+        link = self.links.get(other.name)
+        return link.rate(assumed, max(self.moving, other.moving), now) if link else assumed
 
     @property
     def token_s(self) -> float:
@@ -234,6 +242,8 @@ class Fleet:
             for pool in self._pools.values():
                 if worker in pool:
                     pool.remove(worker)
+            for other in self:
+                other.links.pop(name, None)
 
     def candidates(self, now: float, draw: Callable[[], float]) -> list[Worker]:
         """All workers that take requests; above SHORTLIST a sample of every role and speed.

@@ -211,6 +211,8 @@ class HandedOver(Wire, frozen=True):
 
     id: str
     epoch: int
+    kv_bytes: int = 0  # of the KV cache, before any codec
+    link_s: float = 0.0  # that it kept the link busy; 0: not known
 
 
 class FailureKind(enum.StrEnum):
@@ -378,6 +380,7 @@ class Again(Wire, frozen=True):
 class Committed(Wire, frozen=True):
     id: str
     epoch: int
+    link_s: float = 0.0  # from the heads of chunks to their last bytes, in all
 
 
 Handshake: TypeAlias = Challenge | Answer | Welcome | Refused

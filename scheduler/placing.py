@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.affinity import Chain, Prefixes
 from scheduler.forecast import Forecast
+from scheduler.links import Link
 from scheduler.routing import choose
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Placement:
     context: float  # on the decode worker
     held: float  # tokens of KV cache there
     bytes: float = 0.0  # on the link
+    link: Link | None = None  # that they are on: its prompt is computed and its KV cache not there
     queued: bool = True  # its prompt is not computed
-    moving: bool = False  # its prompt is computed and its KV cache not there
     began: float = 0.0  # when its prompt was computed
     limit: float = 0.0  # seconds that its output may take, if there is a limit
     ended: bool = False
@@ -89,7 +90,8 @@ class Placer:
         placement.began = now
         placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
         if placement.bytes:
-            placement.moving = True
+            placement.link = placement.prefill.links.setdefault(decode.name, Link())
+            placement.link.begin(now)
             placement.prefill.moving += placement.bytes
             decode.moving += placement.bytes
         decode.left += placement.left
@@ -121,10 +123,18 @@ class Placer:
                 placement.limit += more
                 decode.allowed += more
 
-    def arrived(self, placement: Placement) -> None:
-        """The KV cache is on the decode worker."""
-        if placement.moving:
-            placement.moving = False
+    def arrived(
+        self, placement: Placement, now: float, size: float = 0.0, seconds: float = 0.0
+    ) -> None:
+        """The KV cache is on the decode worker: `size` bytes, which took so long on the link."""
+        if placement.link:
+            placement.link.learn(size, seconds, now)
+        self._off_link(placement, now)
+
+    def _off_link(self, placement: Placement, now: float) -> None:
+        if placement.link:
+            placement.link.end(now)
+            placement.link = None
             placement.prefill.moving -= placement.bytes
             placement.decode.moving -= placement.bytes
 
@@ -133,7 +143,7 @@ class Placer:
         if placement.ended:
             return
         placement.ended = True
-        self.arrived(placement)
+        self._off_link(placement, now)
         demand, decode = placement.demand, placement.decode
         if placement.queued:
             placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)

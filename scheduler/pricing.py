@@ -146,7 +146,7 @@ class Pricer:
         """On two: blocks on the decode worker are reserved before prefill begins."""
         prefill, decode = prompt.worker, output.worker
         size = self._demand.prompt_tokens * prefill.cost.kv_token_bytes
-        rate = min(prefill.cost.link_bytes_s, decode.cost.link_bytes_s)
+        rate = prefill.link_bytes_s(decode, self._now)
         moving = size / rate
         exposed = max(prefill.moving, decode.moving) / rate + moving
         if prefill.overlaps:

@@ -269,7 +269,7 @@ class Simulation:
 
         decode.soon(resume, now)
         prefill.soon(lambda: prefill.batch.remove(held), now)
-        self._router.handed_over(live.placed)
+        self._router.handed_over(live.placed, now)
         self._obey(live, live.generation.handed_over(live.epoch, prefill.spec.name), now)
 
     def _first_token(self, sequence: Simulated, now: float) -> None:

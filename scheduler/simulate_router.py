@@ -98,9 +98,9 @@ class Router:
         """Its first token is here."""
         self.placer.first(placed.placement, now, cached)
 
-    def handed_over(self, placed: Placed) -> None:
+    def handed_over(self, placed: Placed, now: float) -> None:
         """Its KV cache has arrived."""
-        self.placer.arrived(placed.placement)
+        self.placer.arrived(placed.placement, now)
 
     def ended(self, placed: Placed, request: Arrival, *, served: bool, now: float) -> None:
         """All its tokens are here, or it was given up."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from scheduler.cost import CostModel
     from serving.gateway import Gateway
-    from serving.members import Members
+    from serving.members import Member, Members
 
 RATE_PROMPT = 128  # tokens
 _LABELS = ("worker", "model", "role")
@@ -96,6 +96,7 @@ class ClusterCollector:
                 if member.load:
                     family.add_metric(labels[member], getattr(member.load, field))
             yield family
+        yield _links(members, self._members.clock())
         tasks = len(asyncio.all_tasks())
         yield GaugeMetricFamily("motley_router_tasks", "Tasks of the router's event loop.", tasks)
         yield GaugeMetricFamily("motley_workers", "Workers that are here.", len(members))
@@ -126,6 +127,20 @@ class ClusterCollector:
             "Requests, or choices of them, started again on another worker.",
             self._gateway.replayed,
         )
+
+
+def _links(members: list[Member], now: float) -> Metric:
+    """What routing believes of each link that a KV cache has crossed."""
+    family = GaugeMetricFamily(
+        "motley_link_bytes_per_second",
+        "Of KV caches from one worker to another, as learned from those that crossed.",
+        labels=("sender", "receiver"),
+    )
+    workers = {member.join.name: member.worker for member in members}
+    for name, sender in workers.items():
+        for other in sender.links.keys() & workers.keys():
+            family.add_metric((name, other), sender.link_bytes_s(workers[other], now))
+    return family
 
 
 def _counts(name: str, meaning: str, label: str, counts: Mapping[str, int]) -> Metric:

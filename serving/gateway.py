@@ -171,7 +171,7 @@ class Gateway:
                 self._obey(live, live.generation.accepted(message.epoch, prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
-                self._handed_over(worker, live, message.epoch)
+                self._handed_over(worker, live, message)
         elif isinstance(message, Tokenised):
             self._inquiries.answered(message)
         elif isinstance(message, Failed):
@@ -200,11 +200,11 @@ class Gateway:
         else:
             self._obey(live, instructions)
 
-    def _handed_over(self, worker: str, live: Live, epoch: int) -> None:
-        if placement := live.placements.get(epoch):
+    def _handed_over(self, worker: str, live: Live, said: HandedOver) -> None:
+        if placement := live.placements.get(said.epoch):
             self._members.praise(worker, placement.decode.name)
-            self.placing.handed_over(live.generation.job, placement)
-        self._obey(live, live.generation.handed_over(epoch, worker))
+            self.placing.handed_over(live.generation.job, placement, said)
+        self._obey(live, live.generation.handed_over(said.epoch, worker))
 
     def _blame(self, live: Live, worker: str, failure: Failed) -> None:
         """Whoever failed; of a hand-over both ends: the one at fault soon has more failures."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from scheduler.lifecycle import Place
-    from scheduler.messages import Output
+    from scheduler.messages import HandedOver, Output
     from scheduler.request import Job
     from scheduler.routing import Route
     from serving.members import Members
@@ -139,9 +139,10 @@ class Placing:
         else:
             placer.emitted(placement, len(output.ids))
 
-    def handed_over(self, job: Job, placement: Placement) -> None:
+    def handed_over(self, job: Job, placement: Placement, said: HandedOver) -> None:
         """The KV cache has arrived."""
-        self._placer(job.model).arrived(placement)
+        placer = self._placer(job.model)
+        placer.arrived(placement, self._clock(), said.kv_bytes, said.link_s)
 
     def end(self, job: Job, placement: Placement) -> None:
         """The attempt is over."""

@@ -35,6 +35,7 @@ class Arrival:
         self.key = key
         self.bytes_received = 0
         self.damaged = 0  # chunks
+        self.seconds = 0.0  # that its chunks were on the link
         self._cache = cache
         self._blocks = blocks
         self._kind = kind  # of the checksums; empty: the sender knows none

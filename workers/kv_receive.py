@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ class KvReceiver:
         self._loop = loop
         self._receiving: dict[Key, asyncio.Task[None]] = {}
         self._cancelled: deque[Key] = deque(maxlen=REMEMBERED)
+        self._busy: Counter[str] = Counter()  # chunks that arrive right now, by their sender's host
 
     async def serve(self, connection: Connection) -> None:
         """Take hand-overs until the connection ends."""
@@ -132,7 +134,7 @@ class KvReceiver:
                 self._loop.release(key)
         if not resumed:
             raise HandoffFailed("the request was cancelled")
-        await connection.send(Committed(*key))
+        await connection.send(Committed(*key, arrival.seconds))
 
     async def _grant(self, reserve: Reserve, first: asyncio.Task[tuple[Wire, int]]) -> Sequence:
         """Wait for blocks, for as long as the prefill worker is there."""
@@ -160,7 +162,7 @@ class KvReceiver:
         message, payload = await first
         while True:
             if isinstance(message, KvBlocks):
-                await arrival.take(connection, memory, message, payload)
+                await self._chunk(connection, memory, message, payload, arrival)
                 if message.slot is not None:
                     await connection.send(Taken(message.slot))
             elif isinstance(message, Commit):
@@ -170,3 +172,28 @@ class KvReceiver:
             else:
                 raise ProtocolError(f"{type(message).__name__} in the middle of a hand-over")
             message, payload = await connection.receive()
+
+    async def _chunk(
+        self,
+        connection: Connection,
+        memory: OwnMemory | None,
+        message: KvBlocks,
+        payload: int,
+        arrival: Arrival,
+    ) -> None:
+        """Take one chunk, and its share of the time that it kept the link busy.
+
+        Its head has come just before it, so this is the link's time and not the sender's. What
+        arrives from that host beside it has a part of the same link.
+        """
+        host, begun = connection.remote[0], time.perf_counter()
+        self._busy[host] += 1
+        beside = self._busy[host]
+        try:
+            await arrival.take(connection, memory, message, payload)
+        finally:
+            beside = max(beside, self._busy[host])
+            self._busy[host] -= 1
+            if not self._busy[host]:
+                del self._busy[host]
+        arrival.seconds += (time.perf_counter() - begun) / beside

@@ -62,6 +62,8 @@ class Lease:
         self.made: float | None = None  # numbers per second that prefill made
         self.committed = False
         self.bytes_early = 0  # sent before the prompt was computed
+        self.kv_bytes = 0  # of the whole prompt, before any codec
+        self.link_s = 0.0  # that its KV kept the link busy, as the decode worker saw it
         self._link = link
         self._before = link.bytes_sent
         self._job = job
@@ -103,6 +105,7 @@ class Lease:
                 numbers = 2 * held.tokens * self._cache.layers * self._cache.numbers
                 self.made = numbers / (time.perf_counter() - self._begun)
             if held.firsts:
+                self.kv_bytes = held.tokens * self._cache.layers * self._cache.token_bytes
                 await self._finish(held)
             return held
         finally:
@@ -144,7 +147,7 @@ class Lease:
         if not isinstance(answer, Committed):
             reason = answer.reason if isinstance(answer, Refused) else type(answer).__name__
             raise ProtocolError(f"the answer to a commit was: {reason}")
-        self.committed = True
+        self.committed, self.link_s = True, answer.link_s
 
     async def _send(self, part: KvPart, blocks: list[int], current: Callable[[], bool]) -> bool:
         """Send one chunk; False if it is `current` no more, and was not sent."""

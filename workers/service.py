@@ -273,7 +273,7 @@ class WorkerService:
         try:
             async with self._sender.reserve(job, peer) as lease:
                 await lease.push(self._loop.prefill(job, prompt, lease.watch))
-            self._tell(HandedOver(job.id, job.epoch))
+            self._tell(HandedOver(job.id, job.epoch, lease.kv_bytes, lease.link_s))
         finally:
             self._loop.release((job.id, job.epoch))
 

@@ -60,7 +60,7 @@ def test_whatever_happens_nothing_is_left_when_all_have_ended(requests, policy):
         placed.append(placement)
         for step in steps:
             now += 0.01
-            arguments = {"first": (now,), "emitted": (3,), "arrived": (), "end": (now,)}[step]
+            arguments = {"first": (now,), "emitted": (3,), "arrived": (now,), "end": (now,)}[step]
             getattr(it, step)(placement, *arguments)
         for each in workers:
             assert min(each.running, each.limited, each.outstanding) >= 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import threading
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +251,42 @@ async def test_a_link_that_may_lose_a_little_is_used_so_once_its_rate_is_known(l
         assert np.allclose(*(kv(engine, len(prompt)) for engine in ends), atol=2)
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """The way to a link's decode worker becomes an emulated one of so many bytes per second."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    emulation = importlib.import_module("link_emulator")
+
+    @contextmanager
+    def emulate(link, rate):
+        emulator = emulation.LinkEmulator([link.peer.address.port, 0], 0.0, rate)
+        link.peer = Peer("d", Address("127.0.0.1", emulator.port(1, 0)))
+        try:
+            yield
+        finally:
+            link.sender.close()
+            emulator.cut()
+
+    return emulate
+
+
+async def test_the_sender_hears_for_how_long_the_link_was_busy(
+    linked, slowly, make_engine, make_job
+):
+    """The emulated link is never faster than its rate; 8 KiB come with the head of a chunk."""
+    prompt, rate = list(b"once more " * 800), 4e6
+    job = make_job(ids=prompt)
+    unshared, here = Limits(share=False), make_engine(600)
+    async with linked(limits=unshared, decode_blocks=600, prefill=here) as link:
+        with slowly(link, rate):
+            async with link.sender.reserve(job, link.peer) as lease:
+                await lease.push(link.prefill.loop.prefill(job, prompt, lease.watch))
+            link.prefill.loop.release((job.id, job.epoch))
+            assert lease.kv_bytes == len(prompt) * 2 * 2 * 4
+            assert 0 < lease.kv_bytes / lease.link_s < 1.5 * rate
+            await link.decode.finished()
+
+
 async def test_an_idle_connection_is_used_again(linked, make_job):
     async with linked() as link:
         for name in ("first", "second", "third"):
@@ -446,7 +483,8 @@ async def test_layers_may_come_one_by_one(linked, job):
         for layer in (1, 0):
             await connection.send(blocks(first_layer=layer, layers=1), [bytes(HALF)])
         await connection.send(COMMIT)
-        assert await connection.expect(Committed) == Committed("job", 1)
+        done = await connection.expect(Committed)
+        assert (done.id, done.epoch) == ("job", 1)
         await link.decode.finished()
         connection.close()
 
