@@ -82,6 +82,14 @@ async def test_a_full_decode_pool_makes_requests_wait_and_serves_them_all(
     assert answers == [{0: alone(make_engine, make_job)}] * 8
 
 
+async def test_a_hand_over_tells_how_fast_its_link_is(cluster, make_ask):
+    async with cluster("p", "d", blocks=600) as it:
+        await it.text(make_ask("tell me " * 1000))
+        links = it.members.fleet("fake").get("p").links
+        assert links["d"].byte_s > 0
+        assert not links["d"].carrying
+
+
 async def test_limits_and_logprobs_travel(cluster, make_ask):
     async with cluster("p", "d") as it:
         async with it.gateway.open(make_ask(max_tokens=5, logprobs=2)) as stream:
