@@ -202,9 +202,13 @@ class Engine:
         return Ready(sequence, blocks, piece.start, piece.end, layers)
 
     def _draftable(self) -> list[Sequence]:
-        """The sequences that will decode, and may do so several tokens at a time."""
-        running = self.batcher.running
-        return [s for s in running if s.remaining == 1 and self._choices[s].draftable]
+        """The sequences that will decode, and may do so several tokens at a time.
+
+        Not a prompt whose last token is left alone by a chunk's end: what it draws may be the
+        first token of several choices, or all that is wanted here of a prompt that is held.
+        """
+        running = [s for s in self.batcher.running if s.remaining == 1]
+        return [s for s in running if s.position and not s.hold and self._choices[s].draftable]
 
     def standing_s(self) -> float:
         """How long the step that runs has taken beyond what it should have, at the most."""
@@ -321,6 +325,7 @@ class Engine:
     def _hold(self, sequences: list[Sequence], outputs: list[Output], result: StepResult) -> None:
         parent = sequences[0]
         job = parent.job
+        assert parent.position == len(job.emitted) + 1, "a held prompt gives one token a choice"
         firsts = tuple(
             FirstToken(o.choice, o.ids[0], self._choices[s].sent)
             for s, o in zip(sequences, outputs, strict=True)

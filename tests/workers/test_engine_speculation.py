@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from scheduler.batching import Batcher
 from scheduler.blocks import BlockPool
@@ -114,3 +115,55 @@ def test_accepted_tokens_are_found_in_the_prefix_cache():
     engine.add(job("again", max_tokens=1), prompt)
     (output,) = engine.step().outputs
     assert output.cached == (len(prompt) - 1) // 16 * 16
+
+
+ONE_LEFT = list(b"the more it snows the more it goes the")  # and a draft is known: " more"
+
+
+def lonely(options: FakeOptions, *, speculate: bool) -> Engine:
+    """Its chunks leave one token of the prompt, in a step of its own, and drafts pay already."""
+    engine = Engine(
+        FakeRunner(64, options),
+        FakeText(4096),
+        Batcher(BlockPool(64), max_step_tokens=len(ONE_LEFT) - 1),
+        Ticks(),
+        speculate=speculate,
+    )
+    engine.add(job("warm", max_tokens=3), list(b"warm"))
+    while engine.has_work:
+        engine.step()
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("choices", "emitted"),
+    [((0,), []), ((0, 1, 2), []), ((0,), ONE_LEFT[-1:])],
+    ids=["fresh", "choices", "replayed"],
+)
+@pytest.mark.parametrize("options", [PARROT, HASH], ids=["drafts are right", "drafts are wrong"])
+def test_the_last_token_of_a_prompt_alone_gives_first_tokens_only(options, choices, emitted):
+    """A hand-over would go on after them: nothing may have come in between."""
+    held = {}
+    for speculate in (False, True):
+        engine = lonely(options, speculate=speculate)
+        one = structs.replace(job(choices=choices), emitted=emitted, sent=len(emitted))
+        engine.add(one, ONE_LEFT[: len(ONE_LEFT) - len(emitted)], hold=True)
+        steps = [engine.step() for _ in range(2)]
+        held[speculate] = steps[1].held["a", 1]
+        assert [len(step.outputs) for step in steps] == [0, len(choices)]
+        assert held[speculate].tokens == len(ONE_LEFT)
+    assert held[True].firsts == held[False].firsts
+
+
+@pytest.mark.parametrize("choices", [(0,), (0, 1, 2)])
+def test_choices_begin_together_though_a_draft_might_follow(choices):
+    said = []
+    for speculate in (False, True):
+        engine = lonely(HASH, speculate=speculate)
+        engine.add(job(choices=choices, max_tokens=20), ONE_LEFT)
+        found: dict[int, list] = {}
+        while engine.has_work:
+            for output in engine.step().outputs:
+                found.setdefault(output.choice, []).extend(output.ids)
+        said.append(found)
+    assert said[0] == said[1]
