@@ -24,6 +24,8 @@ from workers.arguments import EXAMPLES as WORKER_EXAMPLES
 from workers.arguments import add_engine_arguments, add_worker_arguments
 from workers.group.plan_command import EXAMPLES as GROUP_PLAN_EXAMPLES
 from workers.group.plan_command import add_arguments as add_group_plan_arguments
+from workers.profile_command import EXAMPLES as PROFILE_EXAMPLES
+from workers.profile_command import add_arguments as add_profile_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -226,6 +228,13 @@ def _plan(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _profile(options: argparse.Namespace) -> None:
+    """Measure a worker on this machine: what planning and simulation rest on."""
+    from workers.profile_command import run
+
+    run(options)
+
+
 def _simulate(options: argparse.Namespace) -> None:
     """What a cluster or a plan does under a load, on simulated time."""
     from scheduler.simulate_command import run
@@ -282,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_arguments(serve)
     add_worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
+    add_profile_arguments(_command(commands, "profile", _profile, PROFILE_EXAMPLES))
     add_simulate_arguments(_command(commands, "simulate", _simulate, SIMULATE_EXAMPLES))
     groups = commands.add_parser("group", help="Plan a group of machines that share one model.")
     of_groups = groups.add_subparsers(required=True, metavar="COMMAND")

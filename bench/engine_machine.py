@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from workers.machine import cpu_info, cpu_name, memory_bytes
+
 READ_BYTES = 512 << 20  # far more than any cache
 READS = 9
 
@@ -30,16 +32,14 @@ class Conditions(msgspec.Struct):
 
 
 def conditions() -> Conditions:
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    info = {key.strip(): value.strip() for key, _, value in lines}
+    info = cpu_info()
     flags = info.get("flags", info.get("Features", "")).split()
     telling = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimd", "i8mm")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Conditions(
-        cpu=info.get("model name", "unknown"),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         flags=[flag for flag in telling if flag in flags],
-        memory_gb=round(pages / 1e9, 1),
+        memory_gb=round(memory_bytes() / 1e9, 1),
         python=sys.version.split()[0],
         torch=version("torch"),
         began=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -12,42 +12,15 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from scheduler.cost import StepShape
 from scheduler.messages import Address, Role
 from workers.build import EngineOptions, build, find
-from workers.engine import Engine
+from workers.recording import RecordingEngine
 from workers.run import run_worker
 from workers.service import WorkerConfig, WorkerService
 
-if TYPE_CHECKING:
-    from scheduler.batching import Step
-    from workers.engine import StepResult
-    from workers.sampling import Sampled
-
 PERIOD_US = 10_000  # of the cap: short, so that a capped step is slower rather than interrupted
-
-
-class Recording(Engine):
-    """Keeps the shape and the times of every step."""
-
-    recorded: list[tuple[StepShape, float, float]]
-    _shape: StepShape | None = None
-
-    def step(self) -> StepResult:
-        begun = time.perf_counter()
-        result = super().step()
-        if self._shape:
-            self.recorded.append((self._shape, begun, time.perf_counter()))
-            self._shape = None
-        return result
-
-    def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
-        self._shape = StepShape.of(plan)
-        return super()._run(plan, result)
 
 
 def main() -> None:
@@ -58,8 +31,7 @@ def main() -> None:
     model = find(text)
     options = EngineOptions(kv_tokens=16384, threads=1, speculate=False)
     made, rates = build(model, options)
-    engine = Recording(made.runner, made.text, made.batcher, speculate=False)
-    engine.recorded = []
+    engine = RecordingEngine(made)
     config = WorkerConfig(
         name=name,
         model=model.name,

@@ -23,6 +23,12 @@ def positive(text: str) -> int:
     return number
 
 
+def above_zero(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
 def port(text: str) -> int:
     number = count(text)
     if number > MAX_PORT:  # the system would take its lower 16 bits

@@ -20,9 +20,7 @@ import msgspec
 from scheduler.messages import Role
 
 if TYPE_CHECKING:
-    from scheduler.profiles import StepProfile
-
-MOST_SEQUENCES = 256  # an engine's usual bound
+    from scheduler.profiles import Profile
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +39,7 @@ class Capacity(NamedTuple):
 
 
 def capacity(
-    profile: StepProfile, role: Role, kv_tokens: int, size: tuple[float, float], slo: Slo
+    profile: Profile, role: Role, kv_tokens: int, size: tuple[float, float], slo: Slo
 ) -> Capacity | None:
     """At `size` (input, output) tokens; None where the SLO or the memory forbids even one."""
     inputs, outputs = size
@@ -52,21 +50,21 @@ def capacity(
             return None
         return Capacity(1e3 / prompt, slo.ttft_ms / prompt)
     others = prompt if role is Role.MIXED else 0.0
-    batch = _largest(min(fits, MOST_SEQUENCES), _Bound(profile, size, others, slo))
+    batch = _largest(min(fits, profile.bounds.sequences), _Bound(profile, size, others, slo))
     if batch == 0:
         return None
     period = outputs * step_ms(profile, batch, size) + batch * others
     return Capacity(1e3 * batch / period, batch)
 
 
-def step_ms(profile: StepProfile, batch: int, size: tuple[float, float]) -> float:
+def step_ms(profile: Profile, batch: int, size: tuple[float, float]) -> float:
     """A decode step of `batch` such sequences, halfway through their outputs."""
     context = batch * (size[0] + size[1] / 2)
     return profile.decode_ms(batch, context) + profile.overhead_ms(context)
 
 
 def tightest(
-    profile: StepProfile, role: Role, kv_tokens: int, size: tuple[float, float]
+    profile: Profile, role: Role, kv_tokens: int, size: tuple[float, float]
 ) -> tuple[float, float] | None:
     """(TTFT, TPOT) in ms of one request alone: no SLO below can be met. None: it does not fit."""
     if kv_tokens < sum(size):
@@ -83,7 +81,7 @@ def tightest(
 class _Bound(NamedTuple):
     """Whether so many sequences keep the SLO; more sequences never make it easier."""
 
-    profile: StepProfile
+    profile: Profile
     size: tuple[float, float]
     prompt: float  # ms of others' prefills per request; 0 where they run elsewhere
     slo: Slo

@@ -6,6 +6,7 @@ import itertools
 from operator import mul
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from scheduler.cost import LINK_BYTES_S, CostModel, Provenance, StepShape, context_sum
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from scheduler.profiles import StepProfile
+    from scheduler.profiles import Profile
 
 SIZE = 5  # coefficients
 OUTLIERS = 10.0  # median errors away: a step that something else held up
@@ -81,12 +82,16 @@ def _non_negative(rows: NDArray[np.float64], target: NDArray[np.float64]) -> NDA
 
 
 def of_profile(
-    profile: StepProfile, *, kv_token_bytes: float = 0.0, link_bytes_s: float = LINK_BYTES_S
+    profile: Profile, *, kv_token_bytes: float = 0.0, link_bytes_s: float = LINK_BYTES_S
 ) -> CostModel:
     """A planner's profile as one line, fitted over the steps that a worker is likely to run.
 
-    The profile has a start of its own for prompts and for decodes, and a bend in the latter.
+    Unless it is one, it has a start of its own for prompts and for decodes, and a bend in these.
     """
+    if profile.line:
+        return msgspec.structs.replace(
+            profile.line, kv_token_bytes=kv_token_bytes, link_bytes_s=link_bytes_s
+        )
     steps: list[tuple[StepShape, float]] = []
     for tokens in (64, 128, 256, 512, 1024, 2048):
         ms = profile.prefill_ms(tokens, tokens**2) + profile.overhead_ms(tokens)

@@ -159,7 +159,8 @@ def _nearest(service: Service, demand: Demand, name: str, size: tuple[float, flo
         gpu = service.catalogue.gpus[offer.gpu]
         for tp in (tp for tp in service.choices.tp if gpu.node % tp == 0):
             steps = step_profile(service, demand, gpu, tp)
-            alone = tightest(steps, Role.MIXED, demand.model.kv_tokens(gpu, tp), size)
+            kv_tokens = steps.bounds.kv(demand.model.kv_tokens(gpu, tp))
+            alone = tightest(steps, Role.MIXED, kv_tokens, size)
             if alone is None or sum(size) > demand.model.context:
                 continue
             factor = max(alone[0] / demand.slo.ttft_ms, alone[1] / demand.slo.tpot_ms)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from scheduler import goodput_command
+from scheduler.answer import write_answer
 from scheduler.errors import SetupError
 from scheduler.simulate_command import read_replicas
 
@@ -168,20 +169,7 @@ def _goodput(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace, answer: dict[str, Any], shown: list[Any]) -> None:
-    encoded = msgspec.json.format(msgspec.json.encode(answer), indent=2)
-    if options.output:
-        try:
-            options.output.write_bytes(encoded + b"\n")
-        except OSError as error:
-            raise SetupError(f"--output {options.output}: {error}") from None
-    if options.json:
-        sys.stdout.write(encoded.decode() + "\n")
-        return
-    from rich.console import Console
-
-    console = Console()
-    for each in shown:
-        console.print(each)
+    write_answer(answer, shown, as_json=options.json, output=options.output)
 
 
 @contextmanager

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.hardware import Gpu, Offer
-    from scheduler.profiles import StepProfile
-    from scheduler.service_file import Demand, Service
+    from scheduler.profiles import Profile
+    from scheduler.service_file import Demand, Key, Service
 
-Key = tuple[str, str, int]  # model's name in the service, GPU, TP
 PLACES = 16.0  # assumed of a benchmark that does not say how many requests were under way
 
 
@@ -103,6 +102,7 @@ def _imported(service: Service) -> dict[Key, Imported]:
             (each.input_edges, each.output_edges) if each.input_edges else None,
         )
         for each in service.profiles
+        if each.format != "motley"
     }
 
 
@@ -127,9 +127,9 @@ def _column(
     imported: dict[Key, Imported],
 ) -> tuple[Column, Facts] | None:
     """None where the memory does not hold the model, or no bucket's SLO can be met."""
-    kv_tokens = demand.model.kv_tokens(gpu, tp)
     table = imported.get((demand.name, gpu.name, tp)) if role is Role.MIXED else None
     steps = step_profile(service, demand, gpu, tp)
+    kv_tokens = steps.bounds.kv(demand.model.kv_tokens(gpu, tp))
     capacities: dict[str, Capacity] = {}
     extrapolated = []
     for bucket in demand.workload.buckets:
@@ -168,8 +168,10 @@ def _column(
     )
 
 
-def step_profile(service: Service, demand: Demand, gpu: Gpu, tp: int) -> StepProfile:
-    """The first that fits, the service's own before the shipped ones; else the roofline."""
+def step_profile(service: Service, demand: Demand, gpu: Gpu, tp: int) -> Profile:
+    """A measured worker; else steps, the service's own before the shipped; else the roofline."""
+    if measured := service.measured.get((demand.name, gpu.name, tp)):
+        return measured
     for steps in service.catalogue.steps:
         if steps.model in (demand.name, demand.model.name) and (steps.gpu, steps.tp) == (
             gpu.name,

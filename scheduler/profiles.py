@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
 import msgspec
 
 from scheduler.cost import Provenance
 
+if TYPE_CHECKING:
+    from scheduler.cost import CostModel
+
 Coefficients = tuple[float, float, float]
+
+
+class Bounds(NamedTuple):
+    """Of an engine: of a step, and of its KV cache; None is what its memory holds."""
+
+    step_tokens: int = 2048  # a prompt in few pieces, as GPUs' engines are run
+    sequences: int = 256
+    kv_tokens: int | None = None
+
+    def kv(self, fits: int) -> int:
+        """Tokens of KV cache where memory holds so many."""
+        return fits if self.kv_tokens is None else self.kv_tokens
+
+
+class Profile(Protocol):
+    """Step times in ms; each takes what `StepProfile` says."""
+
+    @property
+    def provenance(self) -> Provenance: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def bounds(self) -> Bounds: ...
+
+    @property
+    def line(self) -> CostModel | None:
+        """All steps as one line, where the profile is one."""
+        ...
+
+    def prefill_ms(self, tokens: float, squares: float) -> float: ...
+
+    def decode_ms(self, batch: int, context: float) -> float: ...
+
+    def overhead_ms(self, tokens: float) -> float: ...
 
 
 class StepProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,6 +69,14 @@ class StepProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     large_from: int = 0
     overhead: tuple[float, float] = (0.0, 0.0)
     batch_tokens: int = 0
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds()
+
+    @property
+    def line(self) -> CostModel | None:
+        return None
 
     def prefill_ms(self, tokens: float, squares: float) -> float:
         """One step over prompts of `tokens` in all; `squares` is the sum of their squares."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from scheduler.capacity import Slo
 from scheduler.errors import SetupError
 from scheduler.hardware import Catalogue, Gpu, Model, Offer, convert, read_catalogue
+from scheduler.measured import WorkerProfile, read_worker_profile
 from scheduler.messages import Role
 from scheduler.problem import Limit
 from scheduler.profile_import import Format
@@ -19,6 +21,7 @@ from scheduler.profiles import StepProfile
 from scheduler.simulate_load import parse_process
 from scheduler.workload import Arrival, SizeBucket, Workload, from_arrivals, read_trace
 
+Key = tuple[str, str, int]  # model's name in the service, GPU, TP
 DRAWS = 20_000  # of a distribution, with a fixed seed
 WEIGHTS_TOLERANCE = 1e-6
 
@@ -54,12 +57,15 @@ class ServedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A benchmark file of `model` on `tp` GPUs; `key` is the GPU's name in it if it differs."""
+    """What was measured of `model` on `tp` GPUs: by `motley profile`, or a benchmark's file.
+
+    `model` may be left out where the file says it; `key` is the GPU's name in it if it differs.
+    """
 
     file: str
-    format: Format
-    model: str
     gpu: str
+    format: Literal["motley"] | Format = "motley"
+    model: str = ""
     tp: int = 1
     key: str = ""
     input_edges: tuple[float, ...] = ()
@@ -104,13 +110,17 @@ class Demand(msgspec.Struct, frozen=True):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """A service file with everything it names, checked. `folder` is where its paths start."""
+    """A service file with everything it names, checked. `folder` is where its paths start.
+
+    `measured` are those of the `profiles` that are our own, by model's name here, GPU and TP.
+    """
 
     demands: tuple[Demand, ...]
     catalogue: Catalogue
     choices: Choices
     limits: tuple[Limit, ...]
     profiles: tuple[ProfileFile, ...]
+    measured: dict[Key, WorkerProfile]
     folder: Path
 
 
@@ -131,7 +141,12 @@ def parse_service(text: str, folder: Path) -> Service:
     except tomllib.TOMLDecodeError as error:
         raise SetupError(str(error)) from None
     file = convert(tables, _File, "service")
-    catalogue = _extended(read_catalogue(), file)
+    own = {
+        at: read_worker_profile(folder / each.file)
+        for at, each in enumerate(file.profile)
+        if each.format == "motley"
+    }
+    catalogue = _extended(read_catalogue(), file, list(own.values()))
     _check_choices(file, catalogue)
     _check_slo(file.slo, "slo")
     if not file.model:
@@ -143,22 +158,43 @@ def parse_service(text: str, folder: Path) -> Service:
     names = [demand.name for demand in demands]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SetupError(f"model: {twice.pop()!r} twice")
-    for at, profile in enumerate(file.profile):
-        catalogue.gpu(profile.gpu, f"profile[{at}].gpu")
-        if profile.model not in names:
-            raise SetupError(f"profile[{at}].model: no [[model]] is called {profile.model!r}")
-    return Service(demands, catalogue, file.plan, file.limit, file.profile, folder)
+    places = [_place(file, at, own.get(at), names, catalogue) for at in range(len(file.profile))]
+    if again := [at for at, place in enumerate(places) if place in places[:at]]:
+        raise SetupError(f"profile[{again[0]}]: there is one of this model, GPU and TP already")
+    measured = {places[at]: profile for at, profile in own.items()}
+    return Service(demands, catalogue, file.plan, file.limit, file.profile, measured, folder)
 
 
-def _extended(shipped: Catalogue, file: _File) -> Catalogue:
-    """The file's own hardware, shapes, steps and prices go before what is shipped."""
+def _place(
+    file: _File, at: int, own: WorkerProfile | None, names: list[str], catalogue: Catalogue
+) -> Key:
+    """What a profile is of."""
+    profile = file.profile[at]
+    catalogue.gpu(profile.gpu, f"profile[{at}].gpu")
+    if own and not profile.model:
+        of = [each.name for each in file.model if own.model.name in (each.name, each.shape)]
+        model = of[0] if len(of) == 1 else own.model.name
+    else:
+        model = profile.model
+    if model not in names:
+        raise SetupError(f"profile[{at}].model: no [[model]] is called {model!r}")
+    return model, profile.gpu, profile.tp
+
+
+def _extended(shipped: Catalogue, file: _File, measured: list[WorkerProfile]) -> Catalogue:
+    """The file's own hardware, shapes, steps and prices go before what is shipped.
+
+    Shapes of models that were measured come last: they are only those of models unknown otherwise.
+    """
     gpus = shipped.gpus | {gpu.name: gpu for gpu in file.gpu}
     priced = {(offer.gpu, offer.market, offer.region) for offer in file.offer}
     kept = [o for o in shipped.offers if (o.gpu, o.market, o.region) not in priced]
     catalogue = Catalogue(
         gpus=gpus,
         offers=(*file.offer, *kept),
-        models=shipped.models | {model.name: model for model in file.shape},
+        models={profile.model.name: profile.model for profile in measured}
+        | shipped.models
+        | {model.name: model for model in file.shape},
         steps=(*file.step, *shipped.steps),
     )
     for at, offer in enumerate(file.offer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from scheduler.answer import write_answer
 from scheduler.errors import SetupError
 
 if TYPE_CHECKING:
@@ -96,18 +96,10 @@ def run(options: argparse.Namespace) -> None:
             raise SetupError(f"--{name} {value:g}: above 0")
     cases = _of_service(options) if options.service else [_of_workers(options)]
     answers = {case.name: _answer(case, options) for case in cases}
-    if options.json:
-        encoded = msgspec.json.format(msgspec.json.encode(answers), indent=2)
-        sys.stdout.write(encoded.decode() + "\n")
-        return
-    from rich.console import Console
-
     from scheduler.simulate_table import tables
 
-    console = Console()
-    for name, answer in answers.items():
-        for each in tables(name, answer):
-            console.print(each)
+    shown = (each for name, answer in answers.items() for each in tables(name, answer))
+    write_answer(answers, shown, as_json=options.json)
 
 
 def _of_workers(options: argparse.Namespace) -> Case:

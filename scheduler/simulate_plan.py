@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from scheduler.capacity import MOST_SEQUENCES, Slo
+from scheduler.capacity import Slo
 from scheduler.cost import LINK_BYTES_S, STEP_TOKENS, CostModel, of_rates
 from scheduler.cost_fit import of_profile
 from scheduler.errors import SetupError
 from scheduler.hardware import convert
+from scheduler.measured import read_worker_profile
 from scheduler.messages import Rates, Role
 from scheduler.planner_columns import step_profile
+from scheduler.profiles import Bounds
 from scheduler.simulate_spec import WorkerSpec
+
+NATIVE = Bounds(STEP_TOKENS, 64, 16384)  # the native engine's defaults
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from scheduler.planner_columns import Built
     from scheduler.service_file import Service
-
-PLAN_STEP_TOKENS = 2048  # of a GPU's engine: a prompt in few pieces, as its capacity was reckoned
 
 
 def plan_workers(
@@ -38,8 +40,10 @@ def plan_workers(
         column = columns[name]
         demand = demands[column.model]
         gpu = service.catalogue.gpus[column.gpu]
+        profile = step_profile(service, demand, gpu, column.gpus)
+        bounds = profile.bounds
         cost = of_profile(
-            step_profile(service, demand, gpu, column.gpus),
+            profile,
             kv_token_bytes=demand.model.kv_token_bytes(1),
             link_bytes_s=gpu.network * 1e9 * column.gpus,
         )
@@ -48,10 +52,10 @@ def plan_workers(
                 name=f"{name} #{number}",
                 role=column.role,
                 cost=cost,
-                kv_tokens=demand.model.kv_tokens(gpu, column.gpus),
+                kv_tokens=bounds.kv(demand.model.kv_tokens(gpu, column.gpus)),
                 kind=name,
-                max_step_tokens=PLAN_STEP_TOKENS,
-                max_sequences=MOST_SEQUENCES,
+                max_step_tokens=bounds.step_tokens,
+                max_sequences=bounds.sequences,
             )
             for number in range(count)
         ]
@@ -69,19 +73,23 @@ class _Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Workers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`count` alike: either the coefficients of `cost`, or the two measured rates."""
+    """`count` alike: a `motley profile`'s file, the coefficients of `cost`, or two rates.
+
+    What a profile says goes before what is left out here.
+    """
 
     role: Role
     count: int = 1
     kind: str = ""
+    profile: str = ""
     cost: _Cost | None = None
     prefill_tokens_per_s: float = 0.0
     decode_s_per_token: float = 0.0
-    kv_tokens: int = 16384
+    kv_tokens: int = 0
     kv_token_bytes: float = 0.0
     link_bytes_s: float = LINK_BYTES_S
-    max_step_tokens: int = STEP_TOKENS
-    max_sequences: int = 64
+    max_step_tokens: int = 0
+    max_sequences: int = 0
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,30 +106,38 @@ def read_workers(path: Path) -> tuple[list[WorkerSpec], Slo]:
     found: list[WorkerSpec] = []
     for at, each in enumerate(file.worker):
         kind = each.kind or f"{each.role}"
+        cost, bounds = _cost(each, path, at)
         found += [
             WorkerSpec(
                 name=f"{kind} {at}.{number}",
                 role=each.role,
-                cost=_cost(each, f"{path}: worker[{at}]"),
-                kv_tokens=each.kv_tokens,
+                cost=cost,
+                kv_tokens=each.kv_tokens or bounds.kv(0),
                 kind=kind,
-                max_step_tokens=each.max_step_tokens,
-                max_sequences=each.max_sequences,
+                max_step_tokens=each.max_step_tokens or bounds.step_tokens,
+                max_sequences=each.max_sequences or bounds.sequences,
             )
             for number in range(each.count)
         ]
     return found, file.slo
 
 
-def _cost(each: _Workers, where: str) -> CostModel:
+def _cost(each: _Workers, path: Path, at: int) -> tuple[CostModel, Bounds]:
+    """And the bounds of an engine about which nothing else is said."""
     measured = each.prefill_tokens_per_s > 0 and each.decode_s_per_token > 0
-    if measured == (each.cost is not None):
-        raise SetupError(f"{where}: give cost, or prefill_tokens_per_s and decode_s_per_token")
+    if measured + (each.cost is not None) + bool(each.profile) != 1:
+        raise SetupError(
+            f"{path}: worker[{at}]: give just one of profile, cost, or prefill_tokens_per_s with "
+            "decode_s_per_token"
+        )
+    if each.profile:
+        profile = read_worker_profile(path.parent / each.profile)
+        return msgspec.structs.replace(profile.cost, link_bytes_s=each.link_bytes_s), profile.bounds
     if each.cost is None:
         rates = Rates(each.prefill_tokens_per_s, each.decode_s_per_token)
-        return of_rates(rates, each.kv_token_bytes, each.link_bytes_s)
+        return of_rates(rates, each.kv_token_bytes, each.link_bytes_s), NATIVE
     cost = each.cost
-    return CostModel(
+    line = CostModel(
         step=cost.step,
         token=cost.token,
         attend=cost.attend,
@@ -131,3 +147,4 @@ def _cost(each: _Workers, where: str) -> CostModel:
         kv_token_bytes=each.kv_token_bytes,
         link_bytes_s=each.link_bytes_s,
     )
+    return line, NATIVE

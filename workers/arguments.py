@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from scheduler.argument_types import address, addresses, count, positive, size
+from scheduler.argument_types import above_zero, address, addresses, count, positive, size
 from scheduler.messages import Address, Role
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--weight",
-        type=weight,
+        type=above_zero,
         metavar="W",
         help="share of the work, relative to other ranks (default: measured and planned)",
     )
@@ -95,7 +95,8 @@ def _group_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_engine_arguments(command: argparse.ArgumentParser) -> None:
+def add_compute_arguments(command: argparse.ArgumentParser) -> None:
+    """What a step's time depends on."""
     command.add_argument(
         "--threads", type=count, default=0, metavar="N", help="of a worker (default: its share)"
     )
@@ -119,15 +120,19 @@ def add_engine_arguments(command: argparse.ArgumentParser) -> None:
         help="of fast mode's KV cache; int8 halves its memory (default float16)",
     )
     command.add_argument(
+        "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"
+    )
+
+
+def add_engine_arguments(command: argparse.ArgumentParser) -> None:
+    add_compute_arguments(command)
+    command.add_argument(
         "--kv-codecs",
         type=kv_codecs,
         default=("raw", "int8"),
         metavar="raw,int8,int4",
         help="how a KV cache may travel, best quality first; a link gets the first one that keeps "
         "up with prefill, and exact mode always raw (default raw,int8)",
-    )
-    command.add_argument(
-        "--quantize", choices=["int4", "int8"], help="round the weights of safetensors"
     )
     command.add_argument(
         "--no-speculation",
@@ -141,12 +146,6 @@ def add_engine_arguments(command: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="cut prompts so that no gap between tokens gets longer (default: no bound)",
     )
-
-
-def weight(text: str) -> float:
-    if not 0 < (weight := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return weight
 
 
 def kv_codecs(text: str) -> tuple[str, ...]:

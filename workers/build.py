@@ -14,7 +14,7 @@ from scheduler.errors import SetupError
 from scheduler.pacing import Pace
 from workers.allocator import keep_freed_memory
 from workers.engine import Engine
-from workers.fake import FakeRunner, FakeText, parse_options
+from workers.fake import SHAPE, FakeRunner, FakeText, parse_options
 from workers.installed import engine_installed
 from workers.speculate import MOST_ROWS
 
@@ -95,6 +95,19 @@ def find(text: str) -> Model:
         return Model(text.removeprefix(PREFIX), text)
     source = resolve(text)
     return Model(source.name, str(source.path))
+
+
+def shape_of(model: Model, options: EngineOptions) -> ModelShape:
+    """Without loading it. Raises SetupError that says what to do."""
+    if _kind(model.location) == "fake":
+        return SHAPE
+    with engine_installed():
+        from workers.weights.checkpoint import open_checkpoint
+    checkpoint = open_checkpoint(Path(model.location), options.quantize)
+    try:
+        return checkpoint.shape
+    finally:
+        checkpoint.close()
 
 
 def build(

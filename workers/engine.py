@@ -60,7 +60,7 @@ class Engine:
         self.runner = runner
         self.text = text
         self.batcher = batcher
-        self._clock = clock
+        self.clock = clock
         self.steps = 0
         self.tokens = 0
         self.learner: Learner | None = None  # of what steps cost; whoever serves gives one
@@ -165,7 +165,7 @@ class Engine:
         result = StepResult(idle=not plan.slices and not plan.granted)
         self.runner.cache.mark.reset()
         self._slices = plan.slices
-        shape, start = StepShape.of(plan), self._clock()
+        shape, start = StepShape.of(plan), self.clock()
         self._running = (shape, start) if plan.slices else None
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
@@ -177,7 +177,7 @@ class Engine:
         finally:
             self._slices = ()
             self._running = None
-        seconds = self._clock() - start
+        seconds = self.clock() - start
         self.batcher.advance(plan)
         for piece in plan.slices:
             give = self._verify if piece.draft else self._give
@@ -216,7 +216,7 @@ class Engine:
         if not (running and learner):
             return 0.0
         shape, since = running
-        return max(0.0, self._clock() - since - LATE_STEP * learner.model.predict(shape))
+        return max(0.0, self.clock() - since - LATE_STEP * learner.model.predict(shape))
 
     def _learn(self, plan: Step, shape: StepShape, result: StepResult, seconds: float) -> None:
         self.steps += 1
@@ -265,7 +265,7 @@ class Engine:
     def _due(self, job: Job) -> Due:
         turn = job.turn
         left = math.inf if turn.left_s is None else turn.left_s
-        return turn.priority, turn.share, self._clock() + left
+        return turn.priority, turn.share, self.clock() + left
 
     def _begin(self, sequence: Sequence, emitted: TokenIds, sent: int) -> Choice:
         """Know the sequence: what it has said so far, and the job it belongs to."""

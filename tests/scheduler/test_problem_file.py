@@ -27,20 +27,6 @@ GOOD = {
 }
 
 
-def changed(path, value):
-    """GOOD with one field set, or left out if the value is None."""
-    problem = json.loads(json.dumps(GOOD))
-    *way, last = path
-    place = problem
-    for step in way:
-        place = place[step]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return json.dumps(problem)
-
-
 def test_a_good_file_is_read():
     problem = parse_problem(json.dumps(GOOD))
     assert [bucket.rate for bucket in problem.buckets] == [1.5, 0]
@@ -75,9 +61,9 @@ def test_a_good_file_is_read():
         (("extra",), 1, "extra"),
     ],
 )
-def test_what_is_wrong_is_named(path, value, named):
+def test_what_is_wrong_is_named(changed, path, value, named):
     with pytest.raises(SetupError) as caught:
-        parse_problem(changed(path, value))
+        parse_problem(changed(GOOD, path, value))
     assert named in str(caught.value)
 
 
