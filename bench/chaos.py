@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from chaos_cluster import Blow
+    from chaos_history import History
 
 RESTART_S = 0.3  # from a worker's death to its next life
 STEP_MS, PREFILL_TPS = 5, 8000  # of a fake worker
@@ -95,7 +96,23 @@ async def hurt(
             crowd.stop()
             await asking
             rates = {m.join.name: m.join.rates.prefill_tokens_per_s for m in it.members.of()}
-    return toll(crowd.answers, unbroken, blows), blows, crowd.answers, rates
+        result = toll(crowd.answers, unbroken, blows)
+        for answer in result.unlike:
+            explain(answer, unbroken[answer.question], it.history, log)
+    return result, blows, crowd.answers, rates
+
+
+def explain(answer: Answer, unbroken: Answer, history: History, log: Path) -> None:
+    """All that is known of an answer which is not the unbroken one."""
+    words = [line for line in log.read_text(errors="replace").splitlines() if answer.name in line]
+    lines = [
+        f"request {answer.name}: {answer.tokens} tokens {answer.error}",
+        f"is        {answer.text!r}",
+        f"should be {unbroken.text!r}",
+        *history.of(answer.name),
+        *words,
+    ]
+    print(*lines, sep="\n    ", file=sys.stderr)
 
 
 async def kill(it: Cluster, kind: str, chance: random.Random) -> Blow:

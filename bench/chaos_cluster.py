@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from chaos_history import History, WatchedMembers, request_of
+
 from scheduler.lifecycle import Phase
 from scheduler.messages import Outputs, Role
 from scheduler.transport import listen
 from serving.app import build_app, serve
 from serving.gateway import Gateway
-from serving.members import Members
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
 from serving.placing import RoutingOptions
@@ -95,7 +96,8 @@ class Cluster:
     """Router and workers. `shape` gives each worker its role."""
 
     def __init__(self, model: str, arguments: tuple[str, ...], nursery: Nursery) -> None:
-        self.members = Members()
+        self.history = History(asyncio.get_running_loop().time)
+        self.members = WatchedMembers(self.history)
         # A policy that splits every request: each kind of blow finds its moment.
         self.gateway = Gateway(self.members, routing=RoutingOptions("least-load"))
         self.url = ""
@@ -155,11 +157,12 @@ class Cluster:
         assert member, "whoever holds something is here"
         os.kill(member.join.pid, number)
         held = {
-            live.generation.job.id.split("/", 2)[2].removeprefix("cmpl-")
+            request_of(live.generation.job.id)
             for live in self.gateway._live.values()
             if any(name in attempt.workers for attempt in live.generation.attempts.values())
         }
         now = asyncio.get_running_loop().time()
+        self.history.struck(frozenset(held), f"{name} gets {number.name}")
         return Blow(kind, name, now, frozenset(held), member.record.suspicion.patience)
 
     def _attempts(self, phase: Phase) -> list[Attempt]:
@@ -171,6 +174,7 @@ class Cluster:
         ]
 
     def _on_message(self, worker: str, message: Wire) -> None:
+        self.history.heard(worker, message)
         self._hear(worker, message)
         if isinstance(message, Outputs) and self._staged and not self._staged.done():
             for attempt in self._attempts(Phase.STAGED)[:1]:

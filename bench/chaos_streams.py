@@ -47,6 +47,9 @@ class Answer:
     def whole(self) -> bool:
         return not self.error and self.tokens > 0
 
+    def like(self, other: Answer) -> bool:
+        return self.whole and (self.text, self.tokens) == (other.text, other.tokens)
+
     def gap(self, moment: float) -> float | None:
         """Seconds without a piece around this moment; None if it lies outside the answer."""
         marks = [self.start, *self.times]
@@ -155,6 +158,7 @@ class Toll:
     miscounted: int  # other number of tokens: missing or repeated ones
     errors: tuple[str, ...]  # what the lost ones were told
     hits: tuple[tuple[Blow, float], ...]  # of each hit request: s without a piece, beyond its pace
+    unlike: tuple[Answer, ...]  # lost, wrong or miscounted
 
     @property
     def clean(self) -> bool:
@@ -183,4 +187,5 @@ def toll(answers: list[Answer], unbroken: list[Answer], blows: list[Blow]) -> To
         miscounted=sum(a.tokens != unbroken[a.question].tokens for a in whole),
         errors=tuple(sorted({answer.error or "no end" for answer in answers if not answer.whole})),
         hits=tuple(hits),
+        unlike=tuple(a for a in answers if not a.like(unbroken[a.question])),
     )
