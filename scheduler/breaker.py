@@ -12,6 +12,7 @@ import enum
 FAILURES = 3
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 30.0
 TRIAL_S = 30.0  # a trial that says nothing for so long does not keep others from trying
+ONE_EVENT_S = 0.1  # failures so close to each other are one: a death fails all that was under way
 
 
 class State(enum.StrEnum):
@@ -27,6 +28,7 @@ class Breaker:
         self._failures = 0  # in a row
         self._pause = FIRST_PAUSE_S
         self._open_until = self._trial_until = 0.0
+        self._failed_at = 0.0
 
     def state(self, now: float) -> State:
         if self._failures < FAILURES:
@@ -43,13 +45,20 @@ class Breaker:
         if self.state(now) is State.HALF_OPEN:
             self._trial_until = now + TRIAL_S
 
+    def untried(self) -> None:
+        """What it was given has ended, perhaps by the fault of others: the next one may try."""
+        self._trial_until = 0.0
+
     def succeeded(self) -> None:
         self._failures = 0
         self._pause = FIRST_PAUSE_S
         self._trial_until = 0.0
 
     def failed(self, now: float) -> None:
-        """Of several that fail at once, only the first one after the pause makes it longer."""
+        """What fails at once counts once, and only the first one after a pause makes it longer."""
+        if self._failures and now - self._failed_at < ONE_EVENT_S:
+            return
+        self._failed_at = now
         self._failures += 1
         if self._failures < FAILURES or now < self._open_until:
             return

@@ -112,6 +112,11 @@ class Members:
         for member in filter(None, map(self.get, workers)):
             member.record.breaker.failed(self.clock())
 
+    def ended(self, *workers: str) -> None:
+        """What they were asked is over, well or badly."""
+        for member in filter(None, map(self.get, workers)):
+            member.record.breaker.untried()
+
     def spared(self, member: Member) -> bool:
         """It kept failing: its circuit breaker is open, or half open."""
         return member.record.breaker.state(self.clock()) is not State.CLOSED

@@ -14,6 +14,7 @@ from scheduler.placing import Placement, Placer
 from scheduler.policies import POLICIES
 from scheduler.pricing import Demand
 from scheduler.request import Turn
+from scheduler.routing import MAX_WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -123,8 +124,9 @@ class Placing:
         placement = placer.place(demand, standing.chain, now)
         self._count(placement)
         route = self._members.route(placement.prefill.name, placement.decode.name)
-        turn = Turn(standing.priority, standing.share, left if left < math.inf else None)
-        return placement, replace(route, turn=turn)
+        if left == math.inf:  # due in the order of arrival, wherever it is replayed
+            left = MAX_WAIT_S - (now - standing.arrived)
+        return placement, replace(route, turn=Turn(standing.priority, standing.share, left))
 
     def output(self, job: Job, standing: Standing, placement: Placement, output: Output) -> None:
         """An attempt gives tokens."""
@@ -147,6 +149,7 @@ class Placing:
     def end(self, job: Job, placement: Placement) -> None:
         """The attempt is over."""
         self._placer(job.model).end(placement, self._clock())
+        self._members.ended(placement.prefill.name, placement.decode.name)
 
     def accepted(self, job: Job, standing: Standing, tokens: int) -> None:
         """A worker tokenised the prompt."""

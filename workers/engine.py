@@ -16,6 +16,7 @@ from scheduler.blocks import blocks_for
 from scheduler.cost import StepShape
 from scheduler.errors import BadRequest
 from scheduler.messages import FirstToken, Output
+from scheduler.models import BLOCK_TOKENS
 from workers.choice import Choice
 from workers.held import Held, Ready
 from workers.runner import CacheLost, Wishes
@@ -197,6 +198,8 @@ class Engine:
         slices, blocks, computed = self._slices, sequence.blocks, sequence.computed
         piece = next((piece for piece in slices if piece.sequence is sequence), None)
         if piece is None:
+            # The step may be preempting or admitting it just now: tokens and blocks one by one.
+            computed = min(computed, len(blocks) * BLOCK_TOKENS)
             return Ready(sequence, blocks, computed, computed, 0)
         layers = self.runner.cache.mark.value  # read after the slices: never of an older step
         return Ready(sequence, blocks, piece.start, piece.end, layers)

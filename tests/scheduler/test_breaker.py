@@ -4,31 +4,47 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.breaker import FAILURES, FIRST_PAUSE_S, MOST_PAUSE_S, TRIAL_S, Breaker, State
+from scheduler.breaker import (
+    FAILURES,
+    FIRST_PAUSE_S,
+    MOST_PAUSE_S,
+    ONE_EVENT_S,
+    TRIAL_S,
+    Breaker,
+    State,
+)
 
 T = 100.0  # any moment
 AFTER = T + FIRST_PAUSE_S
 
 
 def opened(at: float = T) -> Breaker:
+    """Its last failure is at `at`."""
     breaker = Breaker()
-    for _ in range(FAILURES):
-        breaker.failed(at)
+    for number in range(FAILURES - 1, -1, -1):
+        breaker.failed(at - 2 * ONE_EVENT_S * number)
     return breaker
 
 
 def test_a_few_failures_change_nothing():
     breaker = Breaker()
-    for _ in range(FAILURES - 1):
-        breaker.failed(T)
+    for number in range(FAILURES - 1):
+        breaker.failed(T - number)
     assert (breaker.state(T), breaker.allows(T)) == (State.CLOSED, True)
 
 
 def test_a_success_in_between_starts_the_count_anew():
     breaker = Breaker()
+    for number in range(3 * FAILURES):
+        breaker.failed(T + number)
+        breaker.succeeded()
+    assert breaker.allows(T + 3 * FAILURES)
+
+
+def test_all_that_a_death_fails_is_one_failure():
+    breaker = Breaker()
     for _ in range(3 * FAILURES):
         breaker.failed(T)
-        breaker.succeeded()
     assert breaker.allows(T)
 
 
@@ -52,6 +68,13 @@ def test_half_open_lets_one_request_through():
     assert not breaker.allows(AFTER)
     assert not breaker.allows(AFTER + TRIAL_S - 1)
     assert breaker.allows(AFTER + TRIAL_S)  # the trial said nothing: another may try
+
+
+def test_a_trial_that_ends_without_a_word_lets_another_try():
+    breaker = opened()
+    breaker.tried(AFTER)
+    breaker.untried()
+    assert (breaker.state(AFTER), breaker.allows(AFTER)) == (State.HALF_OPEN, True)
 
 
 def test_a_trial_that_succeeds_closes_it():

@@ -249,6 +249,7 @@ async def test_a_worker_that_keeps_failing_is_spared_until_its_trial_succeeds(cl
         await it.join("b", Role.MIXED, options=SLOW)
         for _ in range(5):
             await it.text(make_ask())
+            now[0] += 0.1
         assert it.gateway.replayed == 3  # the others were not even given to it
         before = it.workers["a"].engine.tokens
         now[0] += 1.0
@@ -256,6 +257,19 @@ async def test_a_worker_that_keeps_failing_is_spared_until_its_trial_succeeds(cl
         assert it.workers["a"].engine.tokens > before
         assert it.gateway.replayed == 3
         assert it.members.get("a").record.breaker.allows(now[0])
+
+
+async def test_a_trial_whose_client_leaves_lets_another_request_try(cluster, make_ask):
+    now = [0.0]
+    async with cluster("m", options=SLOW, clock=lambda: now[0]) as it:
+        for _ in range(3):
+            it.members.blame("m")
+            now[0] += 1.0
+        breaker = it.members.get("m").record.breaker
+        assert breaker.allows(now[0])
+        async with it.gateway.open(make_ask()):
+            assert not breaker.allows(now[0])
+        assert breaker.allows(now[0])
 
 
 async def test_a_worker_that_always_fails(cluster, make_ask):

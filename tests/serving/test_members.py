@@ -226,9 +226,12 @@ async def test_who_is_doubtful_gets_nothing_new_while_others_are_there(routing):
 
 async def test_losses_in_a_row_open_the_breaker_and_a_farewell_does_not(routing, until):
     async with routing() as router:
+        now = [0.0]
+        router.members.clock = lambda: now[0]
         await router.join("b")
         for _ in range(3):
             worker = await router.join("a")
+            now[0] += 0.2
             worker.close()
             await until(lambda: router.members.get("a") is None)
         await router.join("a")

@@ -99,6 +99,27 @@ async def test_turns_reach_the_workers_of_both_phases(cluster, make_ask, until):
 
 
 @pytest.mark.asyncio
+async def test_a_replay_keeps_the_place_of_its_arrival_in_a_queue(cluster, make_ask, until):
+    """Else it would be behind whoever came later, as often as it loses its worker."""
+    now = [0.0]
+    slow = FakeOptions(prefill_tps=200)  # it is lost before the first token
+    async with cluster("m1", "m2", options=slow, clock=lambda: now[0]) as it:
+        turns = []
+        async with it.gateway.open(make_ask()) as stream:
+            for name in ("m1", "m2"):
+                engine = it.workers[name].engine
+                await until(lambda e=engine: e.keys)
+                (sequences,) = engine._jobs.values()
+                turns.append(sequences[0].job.turn)
+                now[0] += 7.0
+                if name == "m1":
+                    await it.kill("m1")
+            async for _ in stream:
+                pass
+        assert turns == [Turn(left_s=300.0), Turn(left_s=293.0)]
+
+
+@pytest.mark.asyncio
 async def test_a_greedy_key_gets_behind_a_modest_one(cluster, make_ask):
     async with cluster("m", blocks=20_000, options=FakeOptions(tokens=30, step_ms=2)) as it:
         modest = asyncio.create_task(it.text(wishing(make_ask("hello"), key="modest")))

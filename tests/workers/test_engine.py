@@ -317,6 +317,18 @@ def test_a_resume_without_blocks_for_all_choices(hand_over, make_engine, make_jo
     assert settle(decode, outputs) == serve(make_engine(), job)
 
 
+def test_nothing_is_ready_of_a_prompt_that_is_being_preempted(make_engine, make_job):
+    """Seen from another thread in the middle of it: the blocks are gone, the tokens still there."""
+    engine = make_engine(max_step_tokens=7)
+    engine.add(make_job(), PROMPT, hold=True)
+    engine.step()
+    ready = engine.ready(("job", 1))
+    assert (ready.tokens, ready.end) == (7, 7)
+    ready.sequence.blocks = []
+    ready = engine.ready(("job", 1))
+    assert (ready.tokens, ready.end, ready.blocks) == (0, 0, [])
+
+
 def test_resume_of_a_job_that_is_gone(make_engine, make_job):
     engine = make_engine()
     engine.reserve(make_job(), PROMPT)
