@@ -11,12 +11,13 @@ link. Nothing is drawn here; the requests that come in bring all chance with the
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,10 +31,11 @@ from scheduler.simulate_router import Placed, Router
 from scheduler.simulate_spec import Outcome, Timing, check_requests, check_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from scheduler.capacity import Slo
     from scheduler.lifecycle import Instruction
+    from scheduler.request import TokenIds
     from scheduler.routing import Policy
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
@@ -56,11 +58,27 @@ def simulate(
     check_workers(workers)
     check_requests(requests)
     timing = timing or Timing()
-    if not any(request.prefix for request in requests):
-        # Nobody finds another's blocks: only one that is preempted would find its own.
-        with suppress(PreemptedUnnamed):
-            return Simulation(workers, requests, timing, policy, slo, named=False).run()
-    return Simulation(workers, requests, timing, policy, slo).run()
+    with no_collections():
+        if not any(request.prefix for request in requests):
+            # Nobody finds another's blocks: only one that is preempted would find its own.
+            with suppress(PreemptedUnnamed):
+                return Simulation(workers, requests, timing, policy, slo, named=False).run()
+        return Simulation(workers, requests, timing, policy, slo).run()
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """While a simulation runs it drops nothing cyclic, and holds much that would be looked through.
+
+    With ten thousand workers that is a fifth of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(eq=False, slots=True)
@@ -87,7 +105,10 @@ class Simulation:
         named: bool = True,
     ) -> None:
         told = Told(self._first_token, self._finished, self._granted, self._held)
-        self.workers = [Worker(n, spec, told, self._ask) for n, spec in enumerate(workers)]
+        self.workers = [
+            Worker(number, spec, told, self._ask, named=named)
+            for number, spec in enumerate(workers)
+        ]
         self._router = Router(workers, policy, slo, timing.overlap, self._emitted)
         self._ttft_s = slo.ttft_ms / 1e3 if slo else math.inf
         self._requests = requests
@@ -106,14 +127,11 @@ class Simulation:
         self._transferred = 0.0
 
     def run(self) -> Outcome:
-        for number, request in enumerate(self._requests):
-            self._at(request.at, self._arrive, number)
-        events = self._events
         count = 0
-        while events:
-            now, _, call, arguments = heapq.heappop(events)
-            call(*arguments, now)
-            count += 1
+        for number, request in enumerate(self._requests):
+            count += 1 + self._until(request.at)
+            self._arrive(number, request.at)
+        count += self._until(math.inf)
         assert not self._live, "every request ends"
         return Outcome(
             at=np.array([request.at for request in self._requests]),
@@ -128,6 +146,16 @@ class Simulation:
             preempted=sum(worker.batch.preempted for worker in self.workers),
             transferred=self._transferred,
         )
+
+    def _until(self, end: float) -> int:
+        """All that happens before `end`: how many events."""
+        events = self._events
+        count = 0
+        while events and events[0][0] < end:
+            now, _, call, arguments = heapq.heappop(events)
+            call(*arguments, now)
+            count += 1
+        return count
 
     def _at(self, then: float, call: Callable[..., None], *arguments: Any) -> None:
         """Call it with these and the time."""
@@ -217,7 +245,7 @@ class Simulation:
         return Simulated(
             job=job,
             choice=0,
-            tokens=[0] * request.input,
+            tokens=cast("TokenIds", bytearray(request.input)),  # only counted: in an eighth
             prompt_len=request.input,
             max_tokens=request.output,
             due=(0, 0, request.at + self._ttft_s),

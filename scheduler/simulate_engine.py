@@ -18,7 +18,7 @@ from scheduler.models import BLOCK_TOKENS
 from scheduler.pacing import Pace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from scheduler.simulate_spec import WorkerSpec
 
@@ -57,6 +57,26 @@ class Simulated(Sequence):
         return names[:count]
 
 
+class Counted(BlockPool):
+    """Blocks without names, so that nobody asks which they are: only how many are free is kept."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(0)
+        self.size = self._free = size
+
+    @property
+    def free(self) -> int:
+        return self._free
+
+    def allocate(self, count: int) -> list[int]:
+        assert count <= self._free, f"{count} blocks asked for, {self._free} free"
+        self._free -= count
+        return [0] * count
+
+    def release(self, blocks: Collection[int]) -> None:
+        self._free += len(blocks)
+
+
 class Batch(Batcher):
     """The live batcher, which can also say how many steps are alike, and run these at once."""
 
@@ -85,7 +105,7 @@ class Batch(Batcher):
 
     def skip(self, steps: int) -> None:
         """Run so many steps of those alike."""
-        allocate, zeros = self.pool.allocate, [0] * steps
+        allocate, zeros = self.pool.allocate, bytes(steps)
         for sequence in self.running:
             sequence.tokens.extend(zeros)
             computed = sequence.computed
@@ -153,12 +173,19 @@ class Worker:
     """
 
     def __init__(
-        self, number: int, spec: WorkerSpec, told: Told, at: Callable[[float, Worker, int], None]
+        self,
+        number: int,
+        spec: WorkerSpec,
+        told: Told,
+        at: Callable[[float, Worker, int], None],
+        *,
+        named: bool = True,
     ) -> None:
         self.number = number
         self.spec = spec
+        blocks = spec.kv_tokens // BLOCK_TOKENS
         self.batch = Batch(
-            BlockPool(spec.kv_tokens // BLOCK_TOKENS),
+            BlockPool(blocks) if named else Counted(blocks),
             max_step_tokens=spec.max_step_tokens,
             max_sequences=spec.max_sequences,
             pace=Pace(spec.itl_bound_s),

@@ -1,7 +1,9 @@
 """The router in a simulation: the live router's placements, on simulated time.
 
 It hears what the live one hears: first and last tokens as they come, everything else of a worker,
-its speed and how far its sequences are, with heartbeats.
+its speed and how far its sequences are, with heartbeats. A worker's heartbeats are heard when
+somebody looks at it: those between would be forgotten, and a choice among ten thousand workers
+looks at a few.
 """
 
 from __future__ import annotations
@@ -45,6 +47,20 @@ class Placed:
     told: int = 1  # tokens that the router has heard of
 
 
+class Heard(Fleet):
+    """Whoever is looked at was heard a moment ago."""
+
+    def __init__(self, hear: Callable[[Worker, float], None]) -> None:
+        super().__init__()
+        self._hear = hear
+
+    def candidates(self, now: float, draw: Callable[[], float]) -> list[Worker]:
+        found = super().candidates(now, draw)
+        for worker in found:
+            self._hear(worker, now)
+        return found
+
+
 @dataclass(slots=True)
 class Router:
     """`slo`: the limits that each request comes with; None: none.
@@ -65,7 +81,7 @@ class Router:
     _heard: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        fleet = Fleet()
+        fleet = Heard(self._hear)
         for spec in self.workers:
             fleet.add(_worker(spec, self.overlap))
         self.placer = Placer(fleet, np.random.default_rng(0).random, self.policy)
@@ -75,7 +91,6 @@ class Router:
 
     def place(self, number: int, request: Arrival, now: float) -> tuple[Placed, Route]:
         """Choose a route. Raises Unavailable."""
-        self._listen(now)
         placer, slo = self.placer, self.slo
         demand = Demand(
             prompt_tokens=request.input,
@@ -114,17 +129,17 @@ class Router:
         if known := self.placer.fleet.get(worker):
             known.cost = cost
 
-    def _listen(self, now: float) -> None:
-        """Hear of the tokens that have come since, of each worker once a heartbeat at most."""
-        for worker, heard in enumerate(self._heard):
-            if now - heard < HEARTBEAT_S:
-                continue
-            self._heard[worker] = now
-            for number, tokens in self.emitted(worker, now).items():
-                placed = self._placed.get(number)
-                if placed and placed.decode == worker and tokens > placed.told:
-                    self.placer.emitted(placed.placement, tokens - placed.told)
-                    placed.told = tokens
+    def _hear(self, worker: Worker, now: float) -> None:
+        """Its tokens that have come since, once a heartbeat at most."""
+        at = self._numbers[worker.name]
+        if now - self._heard[at] < HEARTBEAT_S:
+            return
+        self._heard[at] = now
+        for number, tokens in self.emitted(at, now).items():
+            placed = self._placed.get(number)
+            if placed and placed.decode == at and tokens > placed.told:
+                self.placer.emitted(placed.placement, tokens - placed.told)
+                placed.told = tokens
 
 
 def _worker(spec: WorkerSpec, overlap: bool) -> Worker:

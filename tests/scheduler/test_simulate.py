@@ -14,6 +14,7 @@ from scheduler.blocks import BlockPool
 from scheduler.capacity import Slo
 from scheduler.cost import CostModel, StepShape
 from scheduler.errors import SetupError, Unavailable
+from scheduler.fleet import SAMPLE
 from scheduler.messages import Role
 from scheduler.policies import POLICIES
 from scheduler.request import Job, Limits, Prompt, Sampling
@@ -194,6 +195,19 @@ def test_the_router_forgets_what_has_ended():
     simulation.run()
     assert max(counts) > 1
     assert all(worker.idle and not worker.moving for worker in router.placer.fleet)
+
+
+def test_a_choice_among_many_workers_hears_only_those_that_it_looks_at():
+    heard = []
+
+    def emitted(worker, now):
+        heard.append(worker)
+        return {}
+
+    router = Router([worker(f"m{at}") for at in range(500)], emitted=emitted)
+    for number in range(20):
+        router.place(number, Arrival(0.0, 100, 10), now=1.0 + number)
+    assert 20 < len(heard) <= 20 * SAMPLE
 
 
 def test_the_same_requests_give_the_same_outcome():
