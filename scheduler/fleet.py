@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from scheduler import predict
 from scheduler.cost import STEP_TOKENS
 from scheduler.messages import Role
 
@@ -24,9 +25,7 @@ Rank = tuple[int, int]  # (priority, share): a lower one is served first
 
 SHORTLIST = 32  # above so many workers a choice looks at a sample
 SAMPLE = 16  # workers, at least two of each role and speed
-MIXING_S = 5.0  # over which a worker's share of prompts is averaged
 LATE_REPORT_S = 1.0  # after so long without one a worker is believed to stand still
-MOST_MIXED = 0.9  # of a worker's time: beyond, the line between load and latency is a wall
 
 
 class Queued(NamedTuple):
@@ -103,7 +102,7 @@ class Worker:
     @property
     def token_s(self) -> float:
         """Seconds of a prompt token in a full step, without its attention."""
-        return self.cost.token + self.cost.step / self.step_tokens
+        return predict.full_token_s(self.cost, self.step_tokens)
 
     @property
     def idle(self) -> bool:
@@ -112,10 +111,9 @@ class Worker:
 
     def prompt_s(self, tokens: int, attended: int) -> float:
         """Seconds that so many prompt tokens take, in pieces, beside the sequences that run."""
-        cost, running = self.cost, self.running + self.others_running
-        room = max(self.step_tokens - running, self.step_tokens // 4)
-        step = cost.step + cost.sequence * running + cost.context * self.context
-        return tokens * (cost.token + step / room) + attended * cost.attend
+        running = self.running + self.others_running
+        each = predict.token_s(self.cost, running, self.context, self.step_tokens)
+        return tokens * each + attended * self.cost.attend
 
     def wait_s(self, rank: Rank, now: float) -> float:
         """Seconds until a prompt of this rank that is sent now begins."""
@@ -129,8 +127,7 @@ class Worker:
         if self.others_queued:
             wait += self.prompt_s(self.others_queued, 0)
         if jobs:
-            queue = self.prompt_s(tokens, attended)
-            wait += queue - min(max(0.0, now - self.begun), queue / jobs)
+            wait += predict.queue_s(self.prompt_s(tokens, attended), jobs, now - self.begun)
         return wait
 
     def stalled_s(self, now: float) -> float:
@@ -142,12 +139,11 @@ class Worker:
 
     def mixed(self, now: float) -> float:
         """The share of its time that goes to prompts."""
-        return min(MOST_MIXED, self._mixed * math.exp((self._mixed_at - now) / MIXING_S))
+        return predict.mixed(self._mixed, now - self._mixed_at)
 
     def slowing(self, stall: float, now: float) -> float:
         """By what factor so many more seconds of prompts make its steps longer."""
-        mixed = self.mixed(now)
-        return (1 - mixed) / (1 - min(MOST_MIXED, mixed + stall / MIXING_S))
+        return predict.slowing(self.mixed(now), stall)
 
     def tpot_s(self, more: int, context: float, now: float) -> float:
         """Seconds between two tokens with so many further sequences."""
@@ -163,7 +159,7 @@ class Worker:
         if not self.limited:
             return math.inf
         gone = now * self.limited - self.started
-        return (self.allowed - gone - self.limited_left * tpot) / self.limited
+        return predict.slack_s(self.allowed, gone, self.limited_left * tpot, self.limited)
 
     def room_s(self, tokens: float, choices: int, tpot: float) -> float:
         """Seconds until it has blocks for so many tokens more, and places for the choices.
@@ -172,16 +168,14 @@ class Worker:
         """
         if not self.running:
             return 0.0
-        over = (self.held + tokens - self.kv_tokens) / max(self.held, 1.0)
-        crowd = (self.running + choices - self.places) / self.running
-        return max(over, crowd, 0.0) * self.residual_s(tpot)
+        crowding = predict.crowding(
+            self.held, tokens, self.kv_tokens, self.running, choices, self.places
+        )
+        return crowding * self.residual_s(tpot) if crowding else 0.0
 
     def residual_s(self, tpot: float) -> float:
-        """Seconds that a running choice still takes, on the mean.
-
-        Long answers are met more often than they begin, so half a prediction is left at least.
-        """
-        return max(self.left, self.outputs / 2) / max(self.running, 1) * tpot
+        """Seconds that a running choice still takes, on the mean."""
+        return predict.residual_s(self.left, self.outputs, self.running, tpot)
 
     def settle(self) -> None:
         """When nothing runs the sums are 0: what rounding left in them is not work."""
@@ -197,7 +191,7 @@ class Worker:
         jobs, before, pairs = self.queued.get(rank, Queued())
         self.queued[rank] = Queued(jobs + 1, before + tokens, pairs + attended)
         share = self.cost.token * tokens + self.cost.attend * attended
-        self._mixed = self.mixed(now) + share / MIXING_S
+        self._mixed = self.mixed(now) + share / predict.MIXING_S
         self._mixed_at = now
 
     def dequeue(self, rank: Rank, tokens: int, attended: int, now: float) -> None:

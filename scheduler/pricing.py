@@ -16,17 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.cost import context_sum
 from scheduler.messages import Role
+from scheduler.predict import LINK_WORK, SAFETY, handed_tpot_s, harm, hidden_s, lateness
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from scheduler.fleet import Rank, Worker
-
-HANDOVER_S = 0.002  # words between the two workers, apart from the KV cache
-LINK_WORK = 0.1  # of a core's time goes to a KV cache that is on the link, at each end
-TAIL = 1 / 16  # of a KV cache moves after a prefill with which the rest has moved
-SAFETY = 0.9  # of a limit: predictions err
-STALL = 2.0  # slack is a mean: so many times the stall keeps most of those who run in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +126,7 @@ class Pricer:
 
     def whole(self, prompt: Prompted, output: Decoded) -> Price:
         """Both on one worker, which holds up everybody there while it computes the prompt."""
-        room = max(0.0, output.room - prompt.wait)
+        room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         worker, cost, wait = prompt.worker, prompt.cost + output.cost, prompt.wait + room
         ttft, tpot = prompt.ttft + room, output.tpot
         if worker.role is Role.DECODE:
@@ -150,9 +145,9 @@ class Pricer:
         moving = size / rate
         exposed = max(prefill.moving, decode.moving) / rate + moving
         if prefill.overlaps:
-            exposed = max(exposed - (prompt.ttft - prompt.wait), TAIL * moving)
-        room = max(0.0, output.room - prompt.wait)
-        ttft, tpot = prompt.ttft + room, output.tpot + (HANDOVER_S + exposed) / self._each
+            exposed = hidden_s(exposed, moving, prompt.ttft - prompt.wait)
+        room = output.room - prompt.wait if output.room > prompt.wait else 0.0
+        ttft, tpot = prompt.ttft + room, handed_tpot_s(output.tpot, exposed, self._each)
         cost = prompt.cost + output.cost + LINK_WORK * moving * (prefill.price + decode.price)
         late = self._late(ttft, tpot) + _harm(output, 0.0)
         others = prompt.stall * prefill.running
@@ -177,18 +172,9 @@ class Pricer:
         return price.decode.residual_s(price.tpot) / max(price.decode.running, 1)
 
     def _late(self, ttft: float, tpot: float) -> float:
-        late = 0.0
-        if ttft > self._ttft:
-            late += ttft / self._demand.ttft_s - SAFETY
-        if tpot > self._tpot:
-            late += tpot / self._demand.tpot_s - SAFETY
-        return late
+        return lateness(ttft, self._demand.ttft_s) + lateness(tpot, self._demand.tpot_s)
 
 
 def _harm(output: Decoded, stall: float) -> float:
     """How late those who run there would be, relative to their limits; 0 if they would not be."""
-    missing = STALL * stall - output.slack
-    if missing <= 0:
-        return 0.0
-    worker = output.worker
-    return missing * worker.limited / worker.allowed if worker.allowed else 0.0
+    return harm(stall, output.slack, output.worker.limited, output.worker.allowed)

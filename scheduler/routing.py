@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 
 from scheduler.errors import Unavailable
 from scheduler.messages import Role
-from scheduler.pricing import SAFETY, Pricer
+from scheduler.predict import SAFETY
+from scheduler.pricing import Pricer
 from scheduler.request import FIRST_COME, Turn
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scheduler.fleet import SAMPLE, SHORTLIST
-from scheduler.pricing import TAIL
+from scheduler.predict import TAIL
 from scheduler.simulate_lane import Lane, Prompt
 from scheduler.simulate_market import Market
 from scheduler.simulate_spec import Outcome, Timing, check_requests, check_workers
@@ -37,7 +37,7 @@ def simulate_coarse(
     timing: Timing | None = None,
     slo: Slo | None = None,
 ) -> Outcome:
-    """As `simulate`, ten times as fast, with attainment within about three points of it.
+    """As `simulate`, six times as fast, with attainment within about two points of it.
 
     That is so where most requests are in time; beyond, both say that they are not, by other
     numbers. Prefixes and the ITL bound are not looked at. Raises SetupError naming what cannot be
@@ -200,6 +200,6 @@ def _pools(books: Sequence[Book]) -> list[list[Book]]:
     """By role and speed, as `fleet.Fleet` samples."""
     pools: dict[tuple[str, int], list[Book]] = {}
     for book in books:
-        key = book.spec.role, round(math.log2(max(book.token_s, 1e-12)))
+        key = book.spec.role, round(math.log2(max(book.kind.token_s, 1e-12)))
         pools.setdefault(key, []).append(book)
     return list(pools.values())

@@ -58,7 +58,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--goodput", type=float, metavar="MOST", help="the highest rate that keeps the SLO"
     )
     command.add_argument(
-        "--coarse", action="store_true", help="in closed form: ten times as fast, about as right"
+        "--coarse", action="store_true", help="in closed form: six times as fast, about as right"
     )
     command.add_argument("--json", action="store_true", help="print the answer as JSON")
 

@@ -50,6 +50,7 @@ class Lane:
         "_arriving",
         "_carry",
         "_left",
+        "_next",
         "_running",
         "_spec",
         "busy",
@@ -80,6 +81,7 @@ class Lane:
         self._running: list[tuple[int, int, int]] = []  # heap: last step, request, tokens then
         self._left = 0  # tokens of the prompt at the head; 0: it has not begun
         self._arriving: list[tuple[float, int, int, int]] = []  # heap: when, request, tokens, steps
+        self._next: tuple[float, float, int] | None = None  # a lump, as long as nothing changes
 
     @property
     def step_s(self) -> float:
@@ -135,6 +137,7 @@ class Lane:
             self._begin(request, tokens + 1, steps)
 
     def _begin(self, request: int, tokens: int, steps: int) -> None:
+        self._next = None
         last = self.step + steps
         heapq.heappush(self._running, (last, request, tokens + steps))
         self.context += tokens
@@ -176,11 +179,12 @@ class Lane:
 
     def _prefill(self, until: float, said: list[Said]) -> bool:
         """One lump; False if it ends later than `until`."""
-        pieces, seconds, tokens = self._lump()
+        pieces, seconds, tokens = self._next or self._lump()
         if self.now + seconds > until:
             return False
         whole, self._carry = divmod(self._carry + pieces, 1.0)
         self._pass(seconds, int(whole))
+        self._next = None
         self._left -= tokens
         self.queued -= tokens
         if not self._left:
@@ -225,7 +229,8 @@ class Lane:
 
     def _set_due(self) -> None:
         if self._left or (self.queue and self._admitted()):
-            self.due = self.now + self._lump()[1]
+            self._next = self._lump()
+            self.due = self.now + self._next[1]
             return
         self.due = self.now + self._run()[1] if self._running else math.inf
         if self._arriving:

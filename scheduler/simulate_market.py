@@ -1,6 +1,8 @@
-"""Routes for the fast simulation, at the prices of `scheduler.pricing` in few operations.
+"""Routes for the fast simulation: the router's arithmetic (`scheduler.predict`) on fewer records.
 
-It knows each worker's queue as it is, and of hand-overs prices those from the soonest prefill.
+It knows each worker's queue as it is, and of hand-overs prices those from the soonest prefill. What
+changes only with a worker's batch is kept beside it; what workers of one kind have in common is
+reckoned once a request.
 """
 
 from __future__ import annotations
@@ -8,13 +10,14 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
+from scheduler import predict
 from scheduler.cost import context_sum
-from scheduler.fleet import MIXING_S, MOST_MIXED
 from scheduler.forecast import Forecast
 from scheduler.messages import Role
-from scheduler.pricing import HANDOVER_S, LINK_WORK, SAFETY, STALL, TAIL
+from scheduler.predict import LINK_WORK, MIXING_S, SAFETY, harm, lateness
 from scheduler.routing import MAX_WAIT_S, PAIRED
 
 if TYPE_CHECKING:
@@ -25,9 +28,51 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-# late, cost, wait, what others lose, TPOT and TTFT; without limits seconds in all
+# late, cost, wait, what others lose, TPOT and TTFT; without limits seconds in all, 0 and wait
 Price = tuple[float, ...]
 NEVER: Price = (math.inf,)
+
+
+@dataclass(slots=True)
+class Request:
+    """One that wants a route: see `pricing.Pricer`."""
+
+    tokens: int
+    attended: int  # the sum of their contexts
+    each: float  # tokens after the first, expected
+    length: float  # tokens, half of the expected output included
+    need: float  # tokens of KV cache in the end
+    now: float
+
+
+@dataclass(slots=True)
+class Kind:
+    """Workers that are alike, and what the newest request would cost on any of them."""
+
+    spec: WorkerSpec
+    token_s: float  # of a prompt, in a full step
+    request: Request | None = None
+    attention: float = 0.0
+    stall: float = 0.0
+    prompt_cost: float = 0.0
+    own: float = 0.0  # seconds by which it makes a step longer
+    output_cost: float = 0.0
+
+    def ask(self, request: Request) -> None:
+        self.request = request
+        cost, price = self.spec.cost, self.spec.price
+        self.attention = cost.attend * request.attended
+        self.stall = cost.token * request.tokens + self.attention
+        self.own = cost.sequence + cost.context * request.length
+        self.prompt_cost = price * (request.tokens * self.token_s + self.attention)
+        self.output_cost = price * request.each * self.own
+
+    def possible(self, request: Request, ttft: float, tpot: float) -> bool:
+        """Whether it would keep these limits if it were idle: see `Pricer.possible`."""
+        alone = request.tokens * self.token_s + self.attention
+        step = self.spec.cost.decode_step_s(1, request.length)
+        decodes = self.spec.role is not Role.PREFILL
+        return decodes and alone <= SAFETY * ttft and step <= SAFETY * tpot
 
 
 @dataclass(slots=True)
@@ -37,9 +82,9 @@ class Book:
     at: int
     lane: Lane
     spec: WorkerSpec
+    kind: Kind
     takes: bool  # prompts for others
     gives: bool  # decodes
-    token_s: float
     coming: int = 0  # prompt tokens that wait for blocks where they will be decoded
     running: int = 0
     context: float = 0.0
@@ -58,6 +103,22 @@ class Book:
     ends_sum: float = 0.0
     over: int = 0  # that were expected to have ended, and the sum of the steps when
     over_sum: float = 0.0
+    # Follows from the batch: seconds of a step, and of a prompt token beside it.
+    step_s: float = 0.0
+    token_s: float = 0.0
+    # What the newest request would find here.
+    wait: float = 0.0
+    ttft: float = 0.0
+    share: float = 0.0  # of the time that goes to prompts
+    tpot: float = 0.0
+    room: float = 0.0
+    slack: float = math.inf
+
+    def changed(self) -> None:
+        """Its batch did."""
+        spec = self.spec
+        self.step_s = spec.cost.decode_step_s(self.running, self.context)
+        self.token_s = predict.token_s(spec.cost, self.running, self.context, spec.max_step_tokens)
 
 
 @dataclass(slots=True)
@@ -72,33 +133,6 @@ class Entry:
     end: float = 0.0  # the step by which it is expected to end; negative once that is over
 
 
-class _Ask(NamedTuple):
-    """One request: its tokens, the sum of their contexts, what is expected of its output."""
-
-    tokens: int
-    attended: int
-    each: float
-    length: float
-    need: float
-    now: float
-
-
-class _Sender(NamedTuple):
-    ttft: float
-    book: Book
-    wait: float
-    stall: float
-    cost: float
-
-
-class _Receiver(NamedTuple):
-    tpot: float
-    book: Book
-    room: float
-    cost: float
-    slack: float
-
-
 class Market:
     def __init__(
         self,
@@ -108,7 +142,7 @@ class Market:
         *,
         overlap: bool,
     ) -> None:
-        self.books = [_book(at, *each) for at, each in enumerate(zip(workers, lanes, strict=True))]
+        self.books = _books(workers, lanes)
         self._entries: dict[int, Entry] = {}
         self._forecast = Forecast()
         self._overlap = overlap
@@ -120,61 +154,41 @@ class Market:
         self, number: int, request: Arrival, now: float, books: Iterable[Book]
     ) -> tuple[int, int] | None:
         """Who computes the prompt and who decodes, of these workers; None: it is refused."""
-        tokens = request.input
-        output = min(self._forecast.output_tokens(tokens), request.output)
-        ask = _Ask(
-            tokens,
-            context_sum(0, tokens),
-            max(output - 1.0, 1.0),
-            tokens + output / 2,
-            tokens + output,
-            now,
-        )
-        books = list(books)
+        ask = self._request(request, now)
         best, prefill, decode = NEVER, None, None
-        shortest = math.inf
-        sender: _Sender | None = None
-        receivers: list[_Receiver] = []
+        sender: Book | None = None
+        receivers: list[Book] = []
         for book in books:
-            sends, gets = self._ends(ask, book)
-            if book.takes and (sender is None or sends.ttft < sender.ttft):
-                sender = sends
-            if gets is None:
+            if book.kind.request is not ask:
+                book.kind.ask(ask)
+            _prompted(book, ask)
+            if book.takes and (sender is None or book.ttft < sender.ttft):
+                sender = book
+            if not book.gives:
                 continue
-            receivers.append(gets)
-            price = self._whole(ask, sends, gets)
-            shortest = min(shortest, max(sends.wait, gets.room))
+            self._decoded(book, ask)
+            receivers.append(book)
+            price = self._whole(book, ask)
             if price < best:
                 best, prefill, decode = price, book, book
         assert decode, "somebody decodes"
-        for gets in _best(receivers) if sender else ():
-            if sender and sender.book is not gets.book:
-                price = self._split(ask, sender, gets)
-                shortest = min(shortest, max(sender.wait, gets.room))
+        for book in _best(receivers) if sender else ():
+            if sender and sender is not book:
+                price = self._split(sender, book, ask)
                 if price < best:
-                    best, prefill, decode = price, sender.book, gets.book
-        late = self._limited and (best[-1] > SAFETY * self._ttft or best[0] > 1 - SAFETY)
-        if late and any(self._possible(ask, book) for book in books):
-            return None
-        if shortest > MAX_WAIT_S:
+                    best, prefill, decode = price, sender, book
+        if best[2] > MAX_WAIT_S or self._refused(best, receivers, ask):
             return None
         assert prefill, "whoever decodes may also compute the prompt"
         self._enter(number, ask, prefill, decode)
         return prefill.at, decode.at
-
-    def _possible(self, ask: _Ask, book: Book) -> bool:
-        """Whether it would keep the limits if it were idle: see `Pricer.possible`."""
-        cost = book.spec.cost
-        ttft = ask.tokens * book.token_s + ask.attended * cost.attend
-        tpot = cost.decode_step_s(1, ask.length)
-        return book.gives and ttft <= SAFETY * self._ttft and tpot <= SAFETY * self._tpot
 
     def first(self, number: int, at: float) -> None:
         """Its first token is there."""
         entry = self._entries[number]
         book = entry.book
         lane = book.lane
-        gone = max(0.0, at - lane.now) / lane.cost.decode_step_s(book.running, book.context)
+        gone = max(0.0, at - lane.now) / book.step_s
         entry.began, entry.end = at, lane.step + gone + entry.each
         book.begun += 1
         book.outputs += entry.each
@@ -201,12 +215,60 @@ class Market:
         else:
             book.over -= 1
             book.over_sum += entry.end
+        book.changed()
         if request.output > 1:
             self._forecast.learn_output(request.input, request.output)
 
-    def _left(self, book: Book, gone: float) -> float:
-        """Tokens that those who have begun are expected to give yet, `gone` steps after `step`."""
-        step = book.lane.step + gone
+    def _request(self, request: Arrival, now: float) -> Request:
+        tokens = request.input
+        output = min(self._forecast.output_tokens(tokens), request.output)
+        each = output - 1.0 if output > 2.0 else 1.0
+        attended = context_sum(0, tokens)
+        return Request(tokens, attended, each, tokens + output / 2, tokens + output, now)
+
+    def _refused(self, best: Price, receivers: list[Book], ask: Request) -> bool:
+        """Whether it would only be made late, and an idle worker could keep its limits."""
+        late = self._limited and (best[-1] > SAFETY * self._ttft or best[0] > 1 - SAFETY)
+        return late and any(book.kind.possible(ask, self._ttft, self._tpot) for book in receivers)
+
+    def _enter(self, number: int, ask: Request, prefill: Book, decode: Book) -> None:
+        now = ask.now
+        share = predict.mixed(prefill.mixed, now - prefill.mixed_at)
+        prefill.mixed, prefill.mixed_at = share + prefill.kind.stall / MIXING_S, now
+        decode.running += 1
+        decode.context += ask.length
+        decode.held += ask.need
+        decode.changed()
+        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each)
+
+    def _decoded(self, book: Book, ask: Request) -> None:
+        """The output there: its TPOT, room for it, and what those who run can spare."""
+        lane, now, running = book.lane, ask.now, book.running
+        book.share = predict.mixed(book.mixed, now - book.mixed_at)
+        book.tpot = tpot = (book.step_s + book.kind.own) / (1 - book.share)
+        step = lane.step + (now - lane.now) / book.step_s if now > lane.now else lane.step
+        if book.ends and book.ends[0][0] <= step:
+            self._overdue(book, step)
+        left = book.ends_sum - step * book.expected
+        if left < 0:
+            left = 0.0
+        book.room = 0.0
+        if running:
+            spec = book.spec
+            crowding = predict.crowding(
+                book.held, ask.need, spec.kv_tokens, running, 1, spec.max_sequences
+            )
+            if crowding:
+                book.room = crowding * predict.residual_s(left, book.outputs, running, tpot)
+        if self._limited and book.begun:
+            gone = now * book.begun - book.started
+            more = self._tpot * (book.over * step - book.over_sum)
+            book.slack = predict.slack_s(book.allowed + more, gone, left * tpot, book.begun)
+        else:
+            book.slack = math.inf
+
+    def _overdue(self, book: Book, step: float) -> None:
+        """Those that were expected to have ended by this step."""
         while book.ends and book.ends[0][0] <= step:
             end, number = heapq.heappop(book.ends)
             entry = self._entries.get(number)
@@ -216,113 +278,78 @@ class Market:
                 book.ends_sum -= end
                 book.over += 1
                 book.over_sum += end
-        return max(0.0, book.ends_sum - step * book.expected)
 
-    def _enter(self, number: int, ask: _Ask, prefill: Book, decode: Book) -> None:
-        cost, now = prefill.lane.cost, ask.now
-        share = cost.token * ask.tokens + cost.attend * ask.attended
-        prefill.mixed = _mixed(prefill, now) + share / MIXING_S
-        prefill.mixed_at = now
-        decode.running += 1
-        decode.context += ask.length
-        decode.held += ask.need
-        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each)
+    def _whole(self, book: Book, ask: Request) -> Price:
+        """As `Pricer.whole`."""
+        kind, wait, ttft, tpot = book.kind, book.wait, book.ttft, book.tpot
+        others = kind.stall * book.running
+        if book.room > wait:
+            ttft, wait = ttft + book.room - wait, book.room
+        if not self._limited:
+            return ttft + ask.each * tpot + others, 0.0, wait
+        if not book.takes:
+            tpot *= predict.slowing(book.share, kind.stall)
+        late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
+        late += harm(kind.stall, book.slack, book.begun, book.allowed)
+        return late, kind.prompt_cost + kind.output_cost, wait, others, tpot, ttft
 
-    def _ends(self, ask: _Ask, book: Book) -> tuple[_Sender, _Receiver | None]:
-        """The prompt there, and the output if the worker decodes."""
-        cost, running = book.lane.cost, book.running
-        chunk = book.spec.max_step_tokens
-        step = cost.step + cost.sequence * running + cost.context * book.context
-        per = cost.token + step / max(chunk - running, chunk // 4)
-        attention = cost.attend * ask.attended
-        lane, gone = book.lane, max(0.0, ask.now - book.lane.now)
-        wait = (lane.queued + book.coming) * per
-        if lane.queue:
-            wait -= min(gone, wait / len(lane.queue))
-        sender = _Sender(
-            wait + ask.tokens * per + attention,
-            book,
-            wait,
-            cost.token * ask.tokens + attention,
-            book.spec.price * (ask.tokens * book.token_s + attention),
+    def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
+        """As `Pricer.split`."""
+        sender, receiver = prefill.spec, decode.spec
+        rate, other = sender.cost.link_bytes_s, receiver.cost.link_bytes_s
+        moving = exposed = (
+            ask.tokens * sender.cost.kv_token_bytes / (rate if rate < other else other)
         )
-        if not book.gives:
-            return sender, None
-        own = cost.sequence + cost.context * ask.length
-        tpot = (step + own) / (1 - _mixed(book, ask.now))
-        left = self._left(book, gone / step)
-        room = 0.0
-        if running and (book.held + ask.need > book.spec.kv_tokens or running >= _places(book)):
-            over = (book.held + ask.need - book.spec.kv_tokens) / max(book.held, 1.0)
-            crowd = (running + 1 - _places(book)) / running
-            room = max(over, crowd, 0.0) * max(left, book.outputs / 2) / running * tpot
-        slack = math.inf
-        if self._limited and book.begun:
-            spent = ask.now * book.begun - book.started + left * tpot
-            more = self._tpot * (book.over * (lane.step + gone / step) - book.over_sum)
-            slack = (book.allowed + more - spent) / book.begun
-        return sender, _Receiver(tpot, book, room, book.spec.price * ask.each * own, slack)
-
-    def _whole(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
-        ttft = sends.ttft + max(0.0, gets.room - sends.wait)
-        if not self._limited:
-            return (ttft + ask.each * gets.tpot + sends.stall * gets.book.running,)
-        tpot = gets.tpot
-        if not gets.book.takes:  # see Pricer.whole
-            mixed = _mixed(gets.book, ask.now)
-            tpot *= (1 - mixed) / (1 - min(MOST_MIXED, mixed + sends.stall / MIXING_S))
-        late = self._late(ttft, tpot) + _harm(gets, sends.stall)
-        wait, others = max(sends.wait, gets.room), sends.stall * gets.book.running
-        return late, sends.cost + gets.cost, wait, others, tpot, ttft
-
-    def _split(self, ask: _Ask, sends: _Sender, gets: _Receiver) -> Price:
-        sender, receiver = sends.book.spec.cost, gets.book.spec.cost
-        rate = min(sender.link_bytes_s, receiver.link_bytes_s)
-        moving = exposed = ask.tokens * sender.kv_token_bytes / rate
+        wait, ttft = prefill.wait, prefill.ttft
         if self._overlap:
-            exposed = max(exposed - (sends.ttft - sends.wait), TAIL * moving)
-        ttft = sends.ttft + max(0.0, gets.room - sends.wait)
-        tpot = gets.tpot + (HANDOVER_S + exposed) / ask.each
+            exposed = predict.hidden_s(exposed, moving, ttft - wait)
+        if decode.room > wait:
+            ttft, wait = ttft + decode.room - wait, decode.room
+        tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each)
+        others = prefill.kind.stall * prefill.running
         if not self._limited:
-            return (ttft + ask.each * tpot + sends.stall * sends.book.running,)
-        late = self._late(ttft, tpot) + _harm(gets, 0.0)
-        link = LINK_WORK * moving * (sends.book.spec.price + gets.book.spec.price)
-        wait, others = max(sends.wait, gets.room), sends.stall * sends.book.running
-        return late, sends.cost + gets.cost + link, wait, others, tpot, ttft
-
-    def _late(self, ttft: float, tpot: float) -> float:
-        late = ttft / self._ttft - SAFETY if ttft > SAFETY * self._ttft else 0.0
-        return late + (tpot / self._tpot - SAFETY if tpot > SAFETY * self._tpot else 0.0)
+            return ttft + ask.each * tpot + others, 0.0, wait
+        late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
+        late += harm(0.0, decode.slack, decode.begun, decode.allowed)
+        link = LINK_WORK * moving * (sender.price + receiver.price)
+        cost = prefill.kind.prompt_cost + decode.kind.output_cost + link
+        return late, cost, wait, others, tpot, ttft
 
 
-def _best(receivers: list[_Receiver]) -> list[_Receiver]:
+def _prompted(book: Book, ask: Request) -> None:
+    """The prompt there."""
+    lane = book.lane
+    wait = (lane.queued + book.coming) * book.token_s
+    if lane.queue:
+        wait = predict.queue_s(wait, len(lane.queue), ask.now - lane.now)
+    book.wait = wait
+    book.ttft = wait + ask.tokens * book.token_s + book.kind.attention
+
+
+def _best(receivers: list[Book]) -> list[Book]:
     """As `routing` does: of many, the fastest."""
-    return receivers if len(receivers) <= PAIRED else sorted(receivers, key=_tpot)[:PAIRED]
-
-
-def _harm(gets: _Receiver, stall: float) -> float:
-    book, missing = gets.book, STALL * stall - gets.slack
-    return missing * book.begun / book.allowed if missing > 0 and book.allowed else 0.0
-
-
-def _tpot(receiver: _Receiver) -> float:
-    return receiver.tpot
-
-
-def _mixed(book: Book, now: float) -> float:
-    return min(MOST_MIXED, book.mixed * math.exp((book.mixed_at - now) / MIXING_S))
-
-
-def _places(book: Book) -> int:
-    return book.spec.max_sequences
-
-
-def _book(at: int, spec: WorkerSpec, lane: Lane) -> Book:
-    return Book(
-        at,
-        lane,
-        spec,
-        takes=spec.role is not Role.DECODE,
-        gives=spec.role is not Role.PREFILL,
-        token_s=spec.cost.token + spec.cost.step / spec.max_step_tokens,
+    return (
+        receivers
+        if len(receivers) <= PAIRED
+        else sorted(receivers, key=attrgetter("tpot"))[:PAIRED]
     )
+
+
+def _books(workers: Sequence[WorkerSpec], lanes: Sequence[Lane]) -> list[Book]:
+    kinds: dict[tuple[object, ...], Kind] = {}
+    books = []
+    for at, (spec, lane) in enumerate(zip(workers, lanes, strict=True)):
+        alike = spec.role, spec.cost, spec.max_step_tokens, spec.price
+        if alike not in kinds:
+            kinds[alike] = Kind(spec, predict.full_token_s(spec.cost, spec.max_step_tokens))
+        book = Book(
+            at,
+            lane,
+            spec,
+            kinds[alike],
+            takes=spec.role is not Role.DECODE,
+            gives=spec.role is not Role.PREFILL,
+        )
+        book.changed()
+        books.append(book)
+    return books
