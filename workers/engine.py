@@ -134,9 +134,12 @@ class Engine:
         self._jobs[job.id, job.epoch] = [sequence]
         self.batcher.add(sequence)
 
-    def resume(self, key: Key, firsts: tuple[FirstToken, ...]) -> bool:
-        """The KV has arrived: continue these choices. False if the job is gone meanwhile."""
-        if key not in self._jobs:
+    def resume(self, key: Key, firsts: tuple[FirstToken, ...], generation: int = 0) -> bool:
+        """The KV has arrived: continue these choices.
+
+        False if the job is gone meanwhile, or the `generation` of the cache that the KV came into.
+        """
+        if key not in self._jobs or generation != self.runner.cache.generation:
             return False
         (parent,) = self._jobs.pop(key)
         job, prompt = parent.job, parent.tokens[: parent.prompt_len]
@@ -196,13 +199,14 @@ class Engine:
         if sequence is None:
             return None
         slices, blocks, computed = self._slices, sequence.blocks, sequence.computed
+        cache = self.runner.cache
         piece = next((piece for piece in slices if piece.sequence is sequence), None)
         if piece is None:
             # The step may be preempting or admitting it just now: tokens and blocks one by one.
             computed = min(computed, len(blocks) * BLOCK_TOKENS)
-            return Ready(sequence, blocks, computed, computed, 0)
-        layers = self.runner.cache.mark.value  # read after the slices: never of an older step
-        return Ready(sequence, blocks, piece.start, piece.end, layers)
+            return Ready(sequence, blocks, computed, computed, 0, cache.generation)
+        layers = cache.mark.value  # read after the slices: never of an older step
+        return Ready(sequence, blocks, piece.start, piece.end, layers, cache.generation)
 
     def _draftable(self) -> list[Sequence]:
         """The sequences that will decode, and may do so several tokens at a time.
@@ -334,7 +338,9 @@ class Engine:
             for s, o in zip(sequences, outputs, strict=True)
             if not o.finish
         )
-        result.held[job.id, job.epoch] = Held(parent.blocks, parent.computed, firsts)
+        generation = self.runner.cache.generation
+        held = Held(parent.blocks, parent.computed, firsts, generation)
+        result.held[job.id, job.epoch] = held
         self.batcher.stage(parent)
 
     def _append(self, sequence: Sequence, drawn: Sampled) -> Output:

@@ -145,9 +145,9 @@ class EngineLoop:
         finally:
             self._granted.pop(key, None)
 
-    async def resume(self, key: Key, firsts: tuple[FirstToken, ...]) -> bool:
-        """The KV has arrived. False if the job was cancelled meanwhile."""
-        return await self._do(lambda: self.engine.resume(key, firsts))
+    async def resume(self, key: Key, firsts: tuple[FirstToken, ...], generation: int = 0) -> bool:
+        """The KV has arrived. False if the job was cancelled meanwhile, or the KV lost."""
+        return await self._do(lambda: self.engine.resume(key, firsts, generation))
 
     def release(self, key: Key) -> None:
         """Free what a job still holds; not counted as a cancel."""

@@ -17,6 +17,11 @@ class Held:
     blocks: list[int]
     tokens: int
     firsts: tuple[FirstToken, ...]  # of the choices that go on; empty: all have finished
+    generation: int = 0  # of the cache
+
+    def current(self) -> bool:
+        """Nobody takes its blocks from it."""
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class Ready:
     tokens: int
     end: int
     layers: int  # that have the tokens up to `end`
+    generation: int  # of the cache
 
     def current(self) -> bool:
         """False once the sequence was preempted: its blocks may already hold another's tokens."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels.kv_rows import KV_TYPES
 from scheduler.errors import ProtocolError
+from workers.kv_cache import KvPiece
 from workers.kv_memory import SLOTS
 from workers.kv_pack import RAW, from_floats, known, raw_bytes, unpack
 from workers.kv_wire import Checksum, intact, parts_of
@@ -36,6 +37,7 @@ class Arrival:
         self.bytes_received = 0
         self.damaged = 0  # chunks
         self.seconds = 0.0  # that its chunks were on the link
+        self.generation = cache.generation
         self._cache = cache
         self._blocks = blocks
         self._kind = kind  # of the checksums; empty: the sender knows none
@@ -46,7 +48,7 @@ class Arrival:
     ) -> None:
         """Receive one chunk into its place. A damaged one is as good as none.
 
-        Raises ProtocolError if the sender cannot be asked again.
+        Raises ProtocolError if the sender cannot be asked again, HandoffFailed if ours is lost.
         """
         if reason := self._objection(message, payload):
             if not self._kind:
@@ -57,13 +59,17 @@ class Arrival:
         tokens = range(message.first_token, message.first_token + message.tokens)
         place = self._whole[layers.start : layers.stop, tokens.start : tokens.stop]
         place[:] = False
-        views = self._cache.views(self._blocks, tokens, layers)
+        piece = KvPiece(self._blocks, tokens, layers, self.generation)
+        room = self._cache.room(piece)
         if message.codec == RAW and message.dtype == self._cache.dtype:
-            place[:] = await self._fetch(connection, memory, message, views)
+            whole = await self._fetch(connection, memory, message, room)
         else:
             size = raw_bytes(message) if message.codec == RAW else payload
-            place[:] = await self._convert(connection, memory, message, size, views)
-        self.damaged += not place.all()
+            whole = await self._convert(connection, memory, message, size, room)
+        if whole:
+            await self._cache.keep(piece, room)
+        place[:] = whole
+        self.damaged += not whole
 
     async def _fetch(
         self,

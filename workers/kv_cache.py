@@ -8,7 +8,7 @@ memory. A layer's keys of neighbouring blocks are contiguous, so a transfer is a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 KvDtype: TypeAlias = Literal["float16", "int8"]  # that `fast` mode has a choice of
 
 
+class KvPiece(NamedTuple):
+    """Tokens of one sequence in some layers: [layers, 2, tokens, K, E] on the wire."""
+
+    blocks: list[int]  # of the sequence
+    tokens: range
+    layers: range
+    generation: int = 0  # of the cache that keeps them, see there
+
+
 class KvCache:
     """Storage for `blocks` blocks of a model's keys and values."""
 
@@ -36,6 +45,11 @@ class KvCache:
         )
         self._slots = self.data.reshape(self.layers, 2, blocks * BLOCK_TOKENS, -1)  # a token each
         self.mark = Mark()  # layers that have the tokens of the step that runs
+
+    @property
+    def generation(self) -> int:
+        """Another one once everything in it was lost (see workers.runner.CacheLost)."""
+        return 0
 
     @property
     def token_bytes(self) -> int:
@@ -56,6 +70,17 @@ class KvCache:
         """Copy whole blocks, (from, to) each, in every layer."""
         for source, target in pairs:
             self.data[:, :, target] = self.data[:, :, source]
+
+    async def taken(self, piece: KvPiece) -> list[memoryview]:
+        """Its bytes, to be sent. Raises HandoffFailed if they are lost."""
+        return self.views(piece.blocks, piece.tokens, piece.layers)
+
+    def room(self, piece: KvPiece) -> list[memoryview]:
+        """Where its bytes may be received."""
+        return self.views(piece.blocks, piece.tokens, piece.layers)
+
+    async def keep(self, piece: KvPiece, room: list[memoryview]) -> None:
+        """Its room is filled. Raises HandoffFailed if what it belongs to is lost."""
 
     def views(self, blocks: list[int], tokens: range, layers: range) -> list[memoryview]:
         """These tokens of a sequence, as byte views in the order of the wire.

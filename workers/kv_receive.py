@@ -125,7 +125,7 @@ class KvReceiver:
             self.bytes_received += arrival.bytes_received
             self.damaged += arrival.damaged
             del self._receiving[key]  # nothing is written any more: a cancel is the engine's now
-            resumed = await self._loop.resume(key, commit.firsts)
+            resumed = await self._loop.resume(key, commit.firsts, arrival.generation)
         finally:
             self._receiving.pop(key, None)
             first.cancel()
@@ -133,7 +133,7 @@ class KvReceiver:
             if not resumed:
                 self._loop.release(key)
         if not resumed:
-            raise HandoffFailed("the request was cancelled")
+            raise HandoffFailed("the request was cancelled, or its KV cache lost")
         await connection.send(Committed(*key, arrival.seconds))
 
     async def _grant(self, reserve: Reserve, first: asyncio.Task[tuple[Wire, int]]) -> Sequence:

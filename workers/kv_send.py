@@ -35,13 +35,14 @@ from scheduler.messages import (
     Reserved,
 )
 from scheduler.transport import dial
+from workers.kv_cache import KvPiece
 from workers.kv_link import Link
 from workers.kv_memory import host
 from workers.kv_pack import LEAST_TOKENS, RAW, choose, pack
 from workers.kv_wire import CHECKSUMS, Limits, chunks, parts_of, seal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Coroutine, Iterator
     from typing import Any
 
     from scheduler.messages import Peer
@@ -120,7 +121,7 @@ class Lease:
             return
         for part in parts:
             for chunk in chunks(part, width):
-                if not await self._send(chunk, ready.blocks, ready.current):
+                if not await self._send(chunk, ready):
                     return
                 for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
                     self._sent[layer] = chunk.first_token + chunk.tokens
@@ -137,7 +138,7 @@ class Lease:
         for _ in range(ROUNDS):
             for part in parts:
                 for chunk in chunks(part, self._cache.token_bytes) if self._kind else (part,):
-                    await self._send(chunk, held.blocks, lambda: True)
+                    await self._send(chunk, held)
             async with asyncio.timeout(self._limits.push_s):
                 await self._link.connection.send(commit)
                 answer = await self._link.answer()
@@ -149,8 +150,11 @@ class Lease:
             raise ProtocolError(f"the answer to a commit was: {reason}")
         self.committed, self.link_s = True, answer.link_s
 
-    async def _send(self, part: KvPart, blocks: list[int], current: Callable[[], bool]) -> bool:
-        """Send one chunk; False if it is `current` no more, and was not sent."""
+    async def _send(self, part: KvPart, source: Held | Ready) -> bool:
+        """Send one chunk; False if its source is current no more, and it was not sent.
+
+        Raises HandoffFailed if it is lost.
+        """
         cache = self._cache
         message = KvBlocks(
             id=self._job.id,
@@ -166,14 +170,14 @@ class Lease:
         )
         layers = range(part.first_layer, part.first_layer + part.layers)
         tokens = range(part.first_token, part.first_token + part.tokens)
-        views = cache.views(blocks, tokens, layers)
         async with asyncio.timeout(self._limits.push_s):
+            views = await cache.taken(KvPiece(source.blocks, tokens, layers, source.generation))
             if self._codec != RAW and part.tokens >= LEAST_TOKENS:
                 message = msgspec.structs.replace(message, codec=self._codec)
                 taken = np.frombuffer(b"".join(views), np.uint8)
                 packed = await asyncio.to_thread(pack, self._codec, taken, message)
                 views = [packed.data]
-            return await self._link.send(message, views, self._kind, current)
+            return await self._link.send(message, views, self._kind, source.current)
 
 
 class KvSender:

@@ -54,6 +54,7 @@ class Cluster:
     async def metric_becomes(self, name: str, worker: str, value: float) -> None:
         """Heartbeats bring a worker's figures a few times a second."""
         await asyncio.to_thread(until, lambda: self.metric(name, worker) == value, 10)
+        assert self.metric(name, worker) == value
 
     def workers(self) -> list[int]:
         """Process ids of the workers, and of whatever they started."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import threading
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,11 @@ from scheduler.messages import (
     Reserve,
     Reserved,
 )
-from scheduler.transport import dial, listen
+from scheduler.transport import listen
 from workers import kv_send
-from workers.engine_loop import EngineLoop
 from workers.fake import SHAPE, FakeOptions, FakeRunner
 from workers.kv_cache import KvCache
 from workers.kv_memory import host
-from workers.kv_receive import KvReceiver
-from workers.kv_send import KvSender
 from workers.kv_wire import Limits, seal
 
 pytestmark = pytest.mark.asyncio
@@ -42,83 +39,6 @@ SECRET = b"of this test"
 PROMPT = list(b"once upon a time there was")
 KEY = ("job", 1)
 LIMITS = Limits(early_bytes=1)
-
-
-class Side:
-    """An engine in its loop, and what it gave."""
-
-    def __init__(self, engine) -> None:
-        self.engine = engine
-        self.outputs: list = []
-        self.loop = EngineLoop(engine, self._on_outputs, self._on_broken)
-        self._changed = asyncio.Event()
-
-    async def _on_outputs(self, outputs) -> None:
-        self.outputs += outputs
-        self._changed.set()
-
-    async def _on_broken(self, key, reason) -> None:
-        raise AssertionError(reason)
-
-    async def finished(self) -> None:
-        async with asyncio.timeout(10):
-            while not (self.outputs and self.outputs[-1].finish):
-                await self._changed.wait()
-                self._changed.clear()
-
-    async def empty(self) -> None:
-        async with asyncio.timeout(10):
-            await self.loop.empty.wait()
-        self.engine.check_integrity()
-        assert self.engine.batcher.pool.free == self.engine.batcher.pool.size
-
-
-class Link:
-    """A prefill worker's engine and sender, and a decode worker's engine and receiver."""
-
-    def __init__(self, prefill: Side, decode: Side, fingerprint: str, limits: Limits) -> None:
-        self.prefill, self.decode = prefill, decode
-        self.sender = KvSender("p", fingerprint, prefill.engine.runner.cache, SECRET, limits)
-        self.receiver = KvReceiver("model", decode.engine.runner.cache, decode.loop)
-        self.peer: Peer
-        self.connections: list = []
-
-    async def serve(self, connection) -> None:
-        self.connections.append(connection)
-        await self.receiver.serve(connection)
-
-    async def hand_over(self, job, prompt=PROMPT) -> None:
-        try:
-            async with self.sender.reserve(job, self.peer) as lease:
-                await lease.push(self.prefill.loop.prefill(job, prompt, lease.watch))
-        finally:
-            self.prefill.loop.release((job.id, job.epoch))
-
-    async def dial(self):
-        return await dial(self.peer.address.host, self.peer.address.port, SECRET)
-
-
-@pytest.fixture
-def linked(make_engine):
-    @asynccontextmanager
-    async def start(
-        fingerprint: str = "model", limits=LIMITS, decode_blocks=64, prefill=None, decode=None
-    ):
-        here, there = prefill or make_engine(), decode or make_engine(decode_blocks)
-        link = Link(Side(here), Side(there), fingerprint, limits)
-        async with AsyncExitStack() as stack:
-            for side in (link.prefill, link.decode):
-                task = asyncio.create_task(side.loop.run())
-                stack.push_async_callback(asyncio.gather, task, return_exceptions=True)
-                stack.callback(task.cancel)
-            bound = await stack.enter_async_context(listen("127.0.0.1", 0, SECRET, link.serve))
-            stack.callback(link.sender.close)
-            link.peer = Peer("d", Address(*bound))
-            yield link
-            await link.prefill.empty()
-            await link.decode.empty()
-
-    return start
 
 
 @pytest.fixture
@@ -388,7 +308,7 @@ async def test_an_error_of_the_sender_ends_the_lease(linked, job):
 
 
 async def test_the_decode_worker_dies_before_the_push(linked, job):
-    async def push_too_late(link: Link) -> None:
+    async def push_too_late(link) -> None:
         async with link.sender.reserve(job, link.peer) as lease:
             link.connections[0].close()
             await lease.push(link.prefill.loop.prefill(job, PROMPT, lease.watch))

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from workers.group.links import Link, exchange
+from workers.group.links import exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+    from workers.group.links import Link
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -27,10 +29,20 @@ if TYPE_CHECKING:
 class Mesh:
     """One rank's links to the others, and buffers for what they send."""
 
-    def __init__(self, rank: int, size: int, links: Mapping[int, Link]) -> None:
-        self.rank, self.size, self.links = rank, size, links
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.links: dict[int, Link] = {}  # to all others
+        self.kv_links: dict[int, Link] = {}  # between rank 0 and each other, for another thread
         self.others = [other for other in range(size) if other != rank]
         self._buffers: Array = np.empty((0,), np.float32)
+
+    def add(self, other: int, link: Link, *, kv: bool) -> None:
+        (self.kv_links if kv else self.links)[other] = link
+
+    @property
+    def complete(self) -> bool:
+        kv_links = 1 if self.rank else self.size - 1
+        return (len(self.links), len(self.kv_links)) == (self.size - 1, kv_links)
 
     def buffers(self, count: int, length: int) -> Array:
         """[count, length], kept from call to call."""
@@ -39,7 +51,7 @@ class Mesh:
         return self._buffers[: count * length].reshape(count, length)
 
     def close(self) -> None:
-        for link in self.links.values():
+        for link in (*self.links.values(), *self.kv_links.values()):
             link.close()
 
 

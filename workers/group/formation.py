@@ -1,4 +1,4 @@
-"""Making the links of a group: every rank with every other, each link once."""
+"""Making the links of a group: every rank with every other, and once more with rank 0 for KV."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError
 from workers.group.allreduce import Mesh
-from workers.group.links import Link, accept, dial
+from workers.group.links import accept, dial
 from workers.group.words import INTRODUCE, Introduce
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 20.0  # for all links of a formation to stand
 STEP_S = 900.0  # a step that streams all weights of a large model from a slow disk
+KV_S = 30.0  # without a byte of a KV cache that was asked for or is on its way
 
 
 def connect(
@@ -28,24 +29,27 @@ def connect(
     Raises ConnectionError, TimeoutError or ProtocolError; then no link is left.
     """
     until = time.monotonic() + CONNECT_S
-    links: dict[int, Link] = {}
+    mesh = Mesh(rank, len(peers))
+    to_call = [(number, False) for number in range(rank)] + [(0, True)] * bool(rank)
     try:
-        for number, peer in enumerate(peers[:rank]):
-            links[number] = dial(peer.host, peer.port, secret, STEP_S)
-            links[number].say(Introduce(epoch, rank))
-        while len(links) < len(peers) - 1:
+        for number, kv in to_call:
+            link = dial(peers[number].host, peers[number].port, secret, 0 if kv else STEP_S)
+            mesh.add(number, link, kv=kv)
+            link.say(Introduce(epoch, rank, kv))
+        while not mesh.complete:
             link = accept(server, secret, STEP_S, max(0.001, until - time.monotonic()))
             try:
                 word = link.hear(INTRODUCE)
                 fits = word.epoch == epoch and rank < word.rank < len(peers)
             except (OSError, ProtocolError):
                 fits = False
-            if fits:
-                links[word.rank] = link
-            else:  # a late word of an earlier formation
+            if not fits:  # a late word of an earlier formation
                 link.close()
+                continue
+            if word.kv:
+                link.set_limit(KV_S)
+            mesh.add(word.rank, link, kv=word.kv)
     except BaseException:
-        for link in links.values():
-            link.close()
+        mesh.close()
         raise
-    return Mesh(rank, len(peers), links)
+    return mesh

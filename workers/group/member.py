@@ -15,6 +15,7 @@ from scheduler.errors import ProtocolError, SetupError
 from workers.group.candidates import pack
 from workers.group.formation import connect
 from workers.group.gauge import gauge_link
+from workers.group.kv_exchange import serve_kv
 from workers.group.links import dial, listener
 from workers.group.part import Means, Wanted, load_part
 from workers.group.travel import fetch
@@ -184,11 +185,15 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
         if config.fetch:
             fetched = fetch(config.leader, config.secret, form.share, config.means.shards)
         part = load_part(wanted, config.means, combine, fetched)
+        kv = threading.Thread(target=serve_kv, args=(mesh.kv_links[0], part.cache), name="kv")
+        kv.start()
         try:
             control.say(Ready(form.epoch))
             logger.info("rank %d of %d", form.rank, len(form.peers))
             _obey(combine, part, form.hidden)
         finally:
+            mesh.close()  # with it ends the thread
+            kv.join()
             part.close()
     finally:
         mesh.close()

@@ -16,6 +16,7 @@ from workers.group.allreduce import ALGORITHMS
 from workers.group.candidates import packed_bytes, unpack, wanted
 from workers.group.demand import demand_of
 from workers.group.formation import connect
+from workers.group.kv_exchange import Exchange, GroupCache, Keeper
 from workers.group.lineup import Lineup, Offer, line_up
 from workers.group.links import listener
 from workers.group.part import Means, Wanted, load_part, make_shard
@@ -23,7 +24,6 @@ from workers.group.sharded import Embedder
 from workers.group.travel import Shelf
 from workers.group.ways import ALL, ALWAYS, Combine, measure
 from workers.group.words import Copy, Form, Leave, Logits, Peer, RowSpan, Run, Use
-from workers.kv_cache import KvCache
 from workers.layout import lay_out, make_draws
 from workers.reading import read, rms_norm
 from workers.runner import NO_WISHES, CacheLost
@@ -34,14 +34,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from scheduler.batching import Slice
-    from scheduler.models import ModelShape
     from workers.group.allreduce import Mesh
     from workers.group.leader import Leader, Member
     from workers.group.part import Part
     from workers.group.partition import Share
     from workers.group.plan import Box
     from workers.group.words import Word
-    from workers.kv_cache import KvDtype
+    from workers.kv_cache import KvCache, KvDtype
     from workers.runner import Sampled, Wishes
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -75,17 +74,6 @@ class GroupOptions:
     sums: Literal["float32", "int8"] = "float32"  # int8: where that is faster
 
 
-class GroupCache(KvCache):
-    """What the engine knows of the group's cache: whole heads, though each rank keeps its own."""
-
-    def __init__(self, shape: ModelShape, blocks: int, dtype: str, runner: GroupRunner) -> None:
-        super().__init__(shape, blocks, dtype)  # never touched, so it takes no memory
-        self._runner = runner
-
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        self._runner.copy(pairs)
-
-
 class GroupRunner:
     """Runner over the ranks that are there; forms the group anew when one is lost or comes."""
 
@@ -97,7 +85,8 @@ class GroupRunner:
         self.vocab = self._shape.vocab
         self.numbers = f"{options.mode} mode, weights {checkpoint.quantisation}"
         dtype = options.kv_dtype if options.mode == "fast" else "float32"
-        self.cache: KvCache = GroupCache(self._shape, options.kv_blocks, dtype, self)
+        self._kv = GroupCache(self._shape, options.kv_blocks, dtype, self.copy)
+        self.cache: KvCache = self._kv
         self._embedder = Embedder(checkpoint)
         self._norm = checkpoint.array("model.norm.weight")
         self._server = listener(options.listen_host, 0)
@@ -131,6 +120,8 @@ class GroupRunner:
         settled = self._steps >= SETTLED_STEPS
         if present != self._present and (lost or settled) and not self._stays(present):
             self._reform("a rank came or went")  # the newcomer gets its share now
+        if self._kv.exchange and self._kv.exchange.broken:
+            self._reform("a rank does not give or take KV")
         self._steps += 1
         try:
             return self._step(slices, wishes)
@@ -158,6 +149,7 @@ class GroupRunner:
     def close(self) -> None:
         """The other ranks wait for another rank 0."""
         self._mesh.close()
+        self._kv.close()
         self.part.close()
         self._leader.close()
         self._server.close()
@@ -203,7 +195,9 @@ class GroupRunner:
         with suppress(OSError):
             self._order(Leave())
         self._mesh.close()
+        self._kv.exchange = None
         self.part.close()
+        del self.part  # its memory is needed for the next
         self._leader.settle(self._members, self._epoch, SETTLE_S)
         self._form()
         raise CacheLost(reason)
@@ -253,13 +247,20 @@ class GroupRunner:
             ready = self._leader.all_ready(members, self._epoch, LOAD_S)
             if ready:
                 self._agree(combine)
+                self._kv.exchange = self._exchange()
         except BaseException:
             self._mesh.close()
             raise
         if not ready:
             self._mesh.close()
             self.part.close()
+            del self.part
         return ready
+
+    def _exchange(self) -> Exchange:
+        links = (None, *(self._mesh.kv_links[rank] for rank in range(1, self.ranks)))
+        heads = (share.kv_heads for share in self._shares)
+        return Exchange(self._epoch, self.part.cache, tuple(map(Keeper, heads, links)))
 
     def _wanted(self, share: Share) -> Wanted:
         options = self._options

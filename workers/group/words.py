@@ -115,6 +115,7 @@ class Introduce(Word, frozen=True):
 
     epoch: int
     rank: int
+    kv: bool = False  # the link is for the KV cache (kv_exchange), else for steps
 
 
 class RowSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -165,9 +166,33 @@ class Leave(Word, frozen=True):
     """The formation ends; wait for the next on the control link."""
 
 
+# ── KV links: rank 0 → a rank, beside its steps ─────────────────────────────────────────────────
+
+
+class KvTake(Word, frozen=True):
+    """Send these tokens of a sequence, layers [first, last): they come raw, your heads only."""
+
+    blocks: TokenIds  # of the sequence
+    tokens: tuple[int, int]
+    layers: tuple[int, int]
+
+
+class KvPut(Word, frozen=True):
+    """They follow, your heads only; KvKept comes back."""
+
+    blocks: TokenIds
+    tokens: tuple[int, int]
+    layers: tuple[int, int]
+
+
+class KvKept(Word, frozen=True):
+    """They are in the cache."""
+
+
 FromRank: TypeAlias = Ready | Left | Beat
 ToRank: TypeAlias = Form | Refuse
 Order: TypeAlias = Run | Logits | Copy | Try | Use | Leave
+KvOrder: TypeAlias = KvTake | KvPut
 
 OFFER: Decoder[Probe | Hello | Want] = Decoder(Probe | Hello | Want)
 GET = Decoder(Get)
@@ -177,3 +202,5 @@ FROM_RANK: Decoder[FromRank] = Decoder(FromRank)
 TO_RANK: Decoder[ToRank] = Decoder(ToRank)
 INTRODUCE = Decoder(Introduce)
 ORDER: Decoder[Order] = Decoder(Order)
+KV_ORDER: Decoder[KvOrder] = Decoder(KvOrder)
+KV_KEPT = Decoder(KvKept)
