@@ -1,17 +1,20 @@
 """Workers that are not alike, for real: SmolLM2 under CPU caps of 50 %, 50 % and 16.5 % of a core.
 
-Caps are those of control groups (v1's cpu controller, as root); where these cannot be set nothing
-is measured and the exit code is 3. What is shown:
+Where CPU caps cannot be set (see capped.py) nothing is measured and the exit code is 3. Shown are:
 
-- learned: after 10 s of traffic, each worker's rates as the router believes them, against the
-  caps: a worker with a third of the CPU should be a third as fast.
-- goodput: requests per second within both limits, at the same offered requests, alternately
-  under `priced` and `least-load`. Limits: TTFT five times a lone request's on a worker with
-  half a core, TPOT three times. Nothing is guessed ahead, so that a token is a step.
-- follows: one worker's cap is halved mid-run; its share of all tokens before and after.
+- learned: after 10 s of traffic, the time of a prompt and of a step on each worker as the router
+  believes it, beside what a client of a worker that is alone under the same cap measures; once
+  more, 10 s after one worker's cap was halved, the idle ones included.
+- follows: that worker's share of all tokens before its cap is halved, and in each 5 s after.
+- goodput: the highest rate of requests of which 90 % are in time, under `priced` and
+  `least-load`; refused ones are late. Limits, fixed before any run: five times the TTFT and five
+  times the TPOT of a request that is alone on half a core, so that a lone one keeps them on every
+  worker.
 
-    python -m bench.unlike
-    python -m bench.unlike --seconds 20 --rounds 1 --json
+Nothing is guessed ahead, so that a token is a step.
+
+    python bench/unlike.py
+    python bench/unlike.py --only goodput --seconds 10 --json
 """
 
 from __future__ import annotations
@@ -19,284 +22,181 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import re
-import signal
-import socket
-import subprocess
 import sys
-import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import aiohttp
-import numpy as np
+from capped import Box, Cluster, can_cap, cap, cluster, poisson
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-ROOT = Path("/sys/fs/cgroup/cpu")
-PERIOD_US = 20_000
-SHARES = 16_384  # 1,024 is usual
 CAPS = {"half-0": 0.5, "half-1": 0.5, "sixth": 0.165}  # cores
-MODEL = "smollm2"
-NAME = "smollm2-135m-instruct"
-OUTPUT = 24
-WORDS = "the river runs past mills and bridges to the sea while people watch from the old wall "
-READY_S, LOOK_S, LEARN_S = 120.0, 0.5, 10.0
+BOXES = [Box(name, cores) for name, cores in CAPS.items()]
+HALVED = "half-1"
+PROMPT, OUTPUT = 128, 24
+SLACK = 5.0  # of both limits
+SHARE = 0.9
+LEARN_S, WINDOW_S, WINDOWS = 10.0, 5.0, 4
+BUSY = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # rates, by how many lone requests the caps have CPU for
+POLICIES = ("priced", "least-load")
+FIGURES = ("learned", "goodput")
 SKIPPED = 3
 
-
-@contextmanager
-def group(name: str, cores: float | None) -> Iterator[Path]:
-    """A control group with this CPU cap; removed at the end. Raises OSError where there is none.
-
-    Its share is large, so that the cap decides and not what else the machine does.
-    """
-    path = ROOT / f"motley-unlike-{os.getpid()}-{name}"
-    path.mkdir()
-    try:
-        (path / "cpu.shares").write_text(str(SHARES))
-        (path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-        if cores:
-            cap(path, cores)
-        yield path
-    finally:
-        path.rmdir()
+Pair = tuple[float, float]  # seconds of a prompt, and of a step
 
 
-def cap(path: Path, cores: float) -> None:
-    (path / "cpu.cfs_quota_us").write_text(str(int(cores * PERIOD_US)))
-
-
-@dataclass
-class Cluster:
-    url: str
-    groups: dict[str, Path]
-
-    async def metric(self, session: aiohttp.ClientSession, name: str) -> dict[str, float]:
-        """By worker."""
-        async with session.get(f"{self.url}/metrics") as reply:
-            text = await reply.text()
-        found = re.findall(rf'^{name}{{.*worker="([^"]+)".*}} (\S+)$', text, re.MULTILINE)
-        return {worker: float(value) for worker, value in found}
-
-    async def complete(self, session: aiohttp.ClientSession) -> None:
-        """Wait for the router, and then for every worker to join it."""
-        for _ in range(int(READY_S / LOOK_S)):
-            with suppress(aiohttp.ClientError):
-                if len(await self.metric(session, "motley_worker_kv_blocks")) == len(CAPS):
-                    return
-            await asyncio.sleep(LOOK_S)
-
-
-@asynccontextmanager
-async def cluster(policy: str) -> AsyncIterator[Cluster]:
-    """A router, and the three capped workers; everything ends with the context."""
-    with ExitStack() as stack:
-        groups = {name: stack.enter_context(group(name, cores)) for name, cores in CAPS.items()}
-        http, join = _free_port(), f"127.0.0.1:{_free_port()}"
-        shape = ("--prefill", "0", "--decode", "0", "--port", str(http), "--cluster", join)
-        router = stack.enter_context(group("router", None))
-        stack.enter_context(_process(("serve", MODEL, *shape, "--policy", policy), inside=router))
-        for name, path in groups.items():
-            role = ("--role", "mixed", "--name", name, "--join", join)
-            engine = ("--threads", "1", "--kv-tokens", "8192", "--no-speculation")
-            worker = ("worker", MODEL, *role, *engine)
-            stack.enter_context(_process(worker, inside=path))
-        it = Cluster(f"http://127.0.0.1:{http}", groups)
-        async with aiohttp.ClientSession() as session, asyncio.timeout(READY_S):
-            await it.complete(session)
-        yield it
-
-
-@contextmanager
-def _process(words: tuple[str, ...], inside: Path) -> Iterator[None]:
-    """`motley WORDS`, from its first instruction in the control group."""
-    enter = f'echo $$ > {inside}/cgroup.procs && exec "$@"'
-    command = ["sh", "-c", enter, "sh", sys.executable, "-m", "motley", *words]
-    environment = os.environ | {"MOTLEY_SECRET": "of this bench"}
-    process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-# ── load ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class Answer:
-    """Seconds; nan where it was refused."""
-
-    ttft: float = float("nan")
-    tpot: float = float("nan")
-
-
-@dataclass
-class Drive:
-    """Requests at a rate, with prompts of 10 to 300 words that begin unlike each other."""
-
-    it: Cluster
-    session: aiohttp.ClientSession
-    headers: dict[str, str]
-
-    async def one(self, words: int, number: int) -> Answer:
-        """From its scheduled time to its last token."""
-        prompt = " ".join([f"{number:06d}", *(WORDS * (words // 17 + 1)).split()[:words]])
-        body = {"model": NAME, "prompt": prompt, "max_tokens": OUTPUT, "stream": True}
-        body |= {"ignore_eos": True, "temperature": 0}
-        begun = time.perf_counter()
-        url = f"{self.it.url}/v1/completions"
-        async with self.session.post(url, json=body, headers=self.headers) as reply:
-            if reply.status != 200:
-                return Answer()
-            lines = reply.content
-            times = [time.perf_counter() async for line in lines if line.startswith(b"data: {")]
-        return Answer(times[0] - begun, (times[-1] - times[0]) / (OUTPUT - 1))
-
-    async def load(self, rate: float, seconds: float, seed: int) -> list[Answer]:
-        """The same requests at the same times for the same seed."""
-        rng = np.random.default_rng(seed)
-        at = np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
-        words = np.minimum(rng.geometric(1 / 80, len(at)) + 10, 300)
-        start = time.perf_counter()
-        async with asyncio.TaskGroup() as tasks:
-            running = []
-            for number, (when, size) in enumerate(zip(at.tolist(), words.tolist(), strict=True)):
-                await asyncio.sleep(max(0.0, start + when - time.perf_counter()))
-                running.append(tasks.create_task(self.one(size, seed * 10_000 + number)))
-        return [task.result() for task in running]
-
-
-@asynccontextmanager
-async def driving(policy: str, headers: dict[str, str]) -> AsyncIterator[Drive]:
-    limit = aiohttp.TCPConnector(limit=0)
-    async with cluster(policy) as it, aiohttp.ClientSession(connector=limit) as session:
-        yield Drive(it, session, headers)
-
-
-# ── what is shown ───────────────────────────────────────────────────────────────────────────────
-
-
-async def learned(drive: Drive) -> dict[str, Any]:
-    """Each worker's rates against the first one's, and what the caps say they should be."""
+async def lone() -> dict[float, Pair]:
+    """What a client measures of one worker that is alone, by its cap."""
     found = {}
-    for name in ("motley_worker_prefill_tokens_per_second", "motley_worker_decode_step_seconds"):
-        rates = await drive.it.metric(drive.session, name)
-        best = rates["half-0"]
-        found[name] = {
-            worker: {
-                "believed": value,
-                "share": value / best if "tokens" in name else best / value,
-                "cap": CAPS[worker] / CAPS["half-0"],
-            }
-            for worker, value in rates.items()
-        }
+    async with cluster([Box("alone", 1.0)]) as it:
+        for cores in (0.5, 0.25, 0.165):
+            cap(it.groups["alone"], cores)
+            found[cores] = await it.alone(PROMPT, OUTPUT)
     return found
 
 
-async def shares(drive: Drive, seconds: float) -> dict[str, float]:
+async def believed(it: Cluster) -> dict[str, Pair]:
+    """The same as the router believes it, by worker."""
+    rates = await it.metric("motley_worker_prefill_tokens_per_second")
+    steps = await it.metric("motley_worker_decode_step_seconds")
+    return {worker: (PROMPT / rates[worker], steps[worker]) for worker in CAPS}
+
+
+async def shares(it: Cluster, seconds: float) -> dict[str, float]:
     """Of all tokens in the next so many seconds."""
     name = "motley_worker_tokens_total"
-    before = await drive.it.metric(drive.session, name)
+    before = await it.metric(name)
     await asyncio.sleep(seconds)
-    after = await drive.it.metric(drive.session, name)
+    after = await it.metric(name)
     given = {worker: after[worker] - before[worker] for worker in after}
     return {worker: count / max(1.0, sum(given.values())) for worker, count in given.items()}
 
 
-async def measure(seconds: float, rounds: int, busy: float) -> dict[str, Any]:
-    answer: dict[str, Any] = {"goodput": {"priced": [], "least-load": []}}
-    async with driving("priced", {}) as drive:
-        alone = [await drive.one(80, number) for number in range(5)]
-        ttft = 5 * float(np.median([each.ttft for each in alone]))
-        tpot = 3 * float(np.median([each.tpot for each in alone]))
-        took = float(np.median([each.ttft + each.tpot * OUTPUT for each in alone]))
-        rate = busy * sum(CAPS.values()) / CAPS["half-0"] / took
-        answer |= {"ttft_ms": 1e3 * ttft, "tpot_ms": 1e3 * tpot, "rate": rate}
-        headers = {"x-slo-ttft-ms": f"{1e3 * ttft:.1f}", "x-slo-tpot-ms": f"{1e3 * tpot:.1f}"}
-        drive.headers = headers
-        await drive.load(rate, LEARN_S, seed=99)
-        answer["learned"] = await learned(drive)
-        answer["follows"] = await follows(drive, rate)
-    for number in range(rounds):
-        for policy in ("priced", "least-load"):
-            async with driving(policy, headers) as drive:
-                await drive.load(rate, LEARN_S, seed=98)
-                answers = await drive.load(rate, seconds, seed=number)
-            good = [each for each in answers if each.ttft <= ttft and each.tpot <= tpot]
-            answer["goodput"][policy].append(len(good) / seconds)
+def beside(true: dict[float, Pair], now: dict[str, float], said: dict[str, Pair]) -> dict[str, Any]:
+    """Believed over measured, by worker."""
+    return {
+        worker: {
+            "prompt_ms": 1e3 * said[worker][0],
+            "prompt": said[worker][0] / true[cores][0],
+            "step_ms": 1e3 * said[worker][1],
+            "step": said[worker][1] / true[cores][1],
+        }
+        for worker, cores in now.items()
+    }
+
+
+def per_second(true: dict[float, Pair]) -> float:
+    """Lone requests that the caps have CPU for."""
+    ttft, tpot = true[0.5]
+    return sum(CAPS.values()) / 0.5 / (ttft + tpot * OUTPUT)
+
+
+def limits(true: dict[float, Pair]) -> Pair:
+    ttft, tpot = true[0.5]
+    return SLACK * ttft, SLACK * tpot
+
+
+def headers(true: dict[float, Pair]) -> dict[str, str]:
+    ttft, tpot = limits(true)
+    return {"x-slo-ttft-ms": f"{1e3 * ttft:.1f}", "x-slo-tpot-ms": f"{1e3 * tpot:.1f}"}
+
+
+async def learned(true: dict[float, Pair], busy: float) -> dict[str, Any]:
+    rate = busy * per_second(true)
+    async with cluster(BOXES, "--policy", "priced") as it:
+        it.headers = headers(true)
+        await it.load(poisson(rate, LEARN_S, 99, PROMPT, OUTPUT), 99)
+        answer: dict[str, Any] = {"learned": beside(true, CAPS, await believed(it))}
+        seconds = (1 + WINDOWS) * WINDOW_S + 1
+        traffic = asyncio.create_task(it.load(poisson(rate, seconds, 97, PROMPT, OUTPUT), 97))
+        answer["before"] = await shares(it, WINDOW_S)
+        cap(it.groups[HALVED], CAPS[HALVED] / 2)
+        answer["after"] = [await shares(it, WINDOW_S) for _ in range(2)]
+        halved = CAPS | {HALVED: CAPS[HALVED] / 2}
+        answer["learned after"] = beside(true, halved, await believed(it))
+        answer["after"] += [await shares(it, WINDOW_S) for _ in range(WINDOWS - 2)]
+        await traffic
     return answer
 
 
-async def follows(drive: Drive, rate: float) -> dict[str, Any]:
-    """Shares before one worker's cap is halved, and from 5 s to 15 s after."""
-    traffic = asyncio.create_task(drive.load(rate, 3.5 * LEARN_S, seed=97))
-    await asyncio.sleep(0.5 * LEARN_S)
-    before = await shares(drive, LEARN_S)
-    cap(drive.it.groups["half-1"], CAPS["half-1"] / 2)
-    await asyncio.sleep(0.5 * LEARN_S)
-    after = await shares(drive, LEARN_S)
-    await traffic
-    return {"halved": "half-1", "before": before, "after": after, "learned": await learned(drive)}
+async def goodput(true: dict[float, Pair], policy: str, seconds: float) -> list[dict[str, float]]:
+    """Requests offered, in time, and the share of these, at one rate after another."""
+    rows = []
+    async with cluster(BOXES, "--policy", policy) as it:
+        it.headers = headers(true)
+        for number, busy in enumerate(BUSY):
+            rate = busy * per_second(true)
+            requests = poisson(rate, seconds, number, PROMPT, OUTPUT)
+            answers = await it.load(requests, number)
+            met = sum(answer.met(*limits(true)) for answer in answers)
+            rows.append({"rate": rate, "in_time": met / seconds, "share": met / len(answers)})
+            if met < 0.5 * len(answers):
+                break
+    return rows
+
+
+def highest(rows: list[dict[str, float]]) -> float:
+    """The rate at which 90 % are in time, between the last that holds and the next."""
+    held, before = 0.0, 1.0
+    for row in rows:
+        if row["share"] < SHARE:
+            part = (before - SHARE) / (before - row["share"])
+            return held + part * (row["rate"] - held)
+        held, before = row["rate"], row["share"]
+    return held
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    true = await lone()
+    ttft, tpot = limits(true)
+    answer: dict[str, Any] = {
+        "alone": {f"{cores} cores": {"ttft": t, "tpot": p} for cores, (t, p) in true.items()},
+        "limits": {"ttft": ttft, "tpot": tpot},
+    }
+    if "learned" in options.only:
+        answer |= await learned(true, options.busy)
+    if "goodput" in options.only:
+        answer["rates"] = {p: await goodput(true, p, options.seconds) for p in POLICIES}
+        answer["goodput"] = {policy: highest(rows) for policy, rows in answer["rates"].items()}
+    return answer
+
+
+def show(answer: dict[str, Any]) -> None:
+    for cores, row in answer["alone"].items():
+        print(f"alone on {cores:11} TTFT {1e3 * row['ttft']:6.1f} ms, TPOT {1e3 * row['tpot']:.1f}")
+    for title in ("learned", "learned after"):
+        for worker, row in answer.get(title, {}).items():
+            prompt = f"prompt {row['prompt_ms']:6.1f} ms ({row['prompt']:.2f} of measured)"
+            step = f"step {row['step_ms']:5.1f} ms ({row['step']:.2f})"
+            print(f"{title:14} {worker:7} {prompt}, {step}")
+    if "before" in answer:
+        for when, row in zip(
+            ("before", *("after" for _ in answer["after"])),
+            [answer["before"], *answer["after"]],
+            strict=True,
+        ):
+            told = ", ".join(f"{worker} {share:.0%}" for worker, share in row.items())
+            print(f"share of tokens, 5 s {when} {HALVED} is halved: {told}")
+    for policy, rows in answer.get("rates", {}).items():
+        told = ", ".join(f"{row['rate']:.1f}/s {row['share']:.0%}" for row in rows)
+        print(f"{policy:10} in time: {told}; goodput {answer['goodput'][policy]:.2f}/s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=40.0, help="of a run (default 40)")
-    parser.add_argument("--rounds", type=int, default=2, help="of each policy (default 2)")
+    parser.add_argument("--only", choices=FIGURES, nargs="+", default=FIGURES)
+    parser.add_argument("--seconds", type=float, default=8.0, help="at each rate (default 8)")
     parser.add_argument(
-        "--busy", type=float, default=1.0, help="of what the workers do one by one (default 1)"
+        "--busy", type=float, default=0.8, help="while learning: see BUSY (default 0.8)"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    try:
-        with group("probe", 0.5):
-            pass
-    except OSError as error:
-        print(f"skipped: CPU caps cannot be set here ({error})", file=sys.stderr)
+    if not can_cap():
         sys.exit(SKIPPED)
-    answer = asyncio.run(measure(options.seconds, options.rounds, options.busy))
+    answer = asyncio.run(measure(options))
     if options.json:
         print(json.dumps(answer, indent=1))
     else:
-        _print(answer)
-
-
-def _print(answer: dict[str, Any]) -> None:
-    print(f"{answer['rate']:.2f} requests/s", end="; ")
-    print(f"TTFT ≤ {answer['ttft_ms']:.0f} ms, TPOT ≤ {answer['tpot_ms']:.0f} ms")
-    for title, rates in (("learned", answer["learned"]), ("halved", answer["follows"]["learned"])):
-        for name, workers in rates.items():
-            for worker, row in workers.items():
-                print(f"{title:8}{name:42}{worker:8}", end="")
-                print(f"{row['believed']:9.4g}  share {row['share']:.2f}, cap {row['cap']:.2f}")
-    for when in ("before", "after"):
-        told = ", ".join(f"{w} {share:.0%}" for w, share in answer["follows"][when].items())
-        print(f"share of tokens {when} half-1 is halved: {told}")
-    means = {policy: sum(runs) / len(runs) for policy, runs in answer["goodput"].items()}
-    for policy, runs in answer["goodput"].items():
-        told = ", ".join(f"{run:.2f}" for run in runs)
-        print(f"goodput {policy:12} {means[policy]:.2f} requests/s in time ({told})")
-    print(f"priced is {means['priced'] / max(means['least-load'], 1e-9):.2f} × least-load")
+        show(answer)
 
 
 if __name__ == "__main__":

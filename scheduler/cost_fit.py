@@ -29,6 +29,11 @@ UNSURE = 0.5  # relative, of the coefficients that it starts from
 MOST = 2.0  # relative: what was not seen for long is no less sure than this
 CLIP = 3.0  # errors beyond so many usual ones count as so many
 USUAL = 0.1  # weight of the newest error in the usual one
+# Under a CPU quota, or beside other work, most steps run at full speed and some stand still for
+# many times as long. Neither kind says what the next request will see: their sum does, and as the
+# line adds up, steps that together took so long are one observation of it. (Longer ones would tell
+# less of how a prompt's tokens and a sequence differ.)
+SEEN_S = 0.05
 
 
 def fit(
@@ -109,7 +114,7 @@ def of_profile(
 
 
 class Learner:
-    """Corrects a cost model by every step that runs: recursive least squares that forgets.
+    """Corrects a cost model by the steps that run: recursive least squares that forgets.
 
     It is the Kalman filter of a line whose coefficients walk at random, mostly together (see
     SPEED). Errors are relative; a single wild one moves the model by little, a run of them is
@@ -117,7 +122,8 @@ class Learner:
     """
 
     def __init__(self, start: CostModel) -> None:
-        self.steps = 0
+        self._fitted = False
+        self._sum, self._seconds = [0.0] * SIZE, 0.0  # of steps that were seen and not learned
         self._start = start
         self._theta = list(start.coefficients)
         # Coefficients that start at 0 may turn out not to be: about a doubling of the others'
@@ -137,15 +143,28 @@ class Learner:
     @property
     def model(self) -> CostModel:
         """As learned so far."""
-        return self._start.with_coefficients(self._theta, "fitted" if self.steps else None)
+        return self._start.with_coefficients(self._theta, "fitted" if self._fitted else None)
 
-    def learn(self, shape: StepShape, seconds: float) -> None:
-        """A step of this shape took so long. What is no time, or no work, teaches nothing."""
-        predicted = _dot((1.0, *shape), self._theta)
-        if not 0 < seconds < float("inf") or predicted <= 0 or not any(shape):
+    def see(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took so long: learned together with its neighbours.
+
+        What is no time, or no work, teaches nothing.
+        """
+        if not 0 < seconds < float("inf") or not any(shape):
             return
-        self.steps += 1
-        row = [value / predicted for value in (1.0, *shape)]
+        self._seconds += seconds
+        self._sum = [total + value for total, value in zip(self._sum, (1.0, *shape), strict=True)]
+        if self._seconds >= SEEN_S:
+            self._learn(self._sum, self._seconds)
+            self._sum, self._seconds = [0.0] * SIZE, 0.0
+
+    def _learn(self, work: Sequence[float], seconds: float) -> None:
+        """`work` is a sum of (1, *StepShape)."""
+        predicted = _dot(work, self._theta)
+        if predicted <= 0:
+            return
+        self._fitted = True
+        row = [value / predicted for value in work]
         error = seconds / predicted - 1
         self._usual += USUAL * (min(abs(error), 1.0) - self._usual)
         most = CLIP * max(self._usual, NOISE)

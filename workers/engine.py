@@ -19,21 +19,22 @@ from scheduler.messages import FirstToken, Output
 from scheduler.models import BLOCK_TOKENS
 from workers.choice import Choice
 from workers.held import Held, Ready
+from workers.measure import borrowed
 from workers.runner import CacheLost, Wishes
 from workers.sampling import check
 from workers.speculate import Speculator
+from workers.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from scheduler.cost_fit import Learner
     from scheduler.request import Job, TokenIds
     from workers.grammar import Mask
     from workers.runner import Reading, Runner, Sampled
     from workers.text import Tokens
 
 Key = tuple[str, int]
-LATE_STEP = 3.0  # times its prediction: a step that takes longer has something in its way
+LOOK_TOKENS = 16  # of the sequence by which an idle worker is measured
 
 
 @dataclass(slots=True)
@@ -64,9 +65,8 @@ class Engine:
         self.clock = clock
         self.steps = 0
         self.tokens = 0
-        self.learner: Learner | None = None  # of what steps cost; whoever serves gives one
+        self.watch = Stopwatch(clock)
         self.speculator = Speculator() if speculate else None
-        self._running: tuple[StepShape, float] | None = None  # the step that runs, since when
         self._choices: dict[Sequence, Choice] = {}
         self._jobs: dict[Key, list[Sequence]] = {}
         self._slices: tuple[Slice, ...] = ()  # of the step that runs
@@ -168,27 +168,44 @@ class Engine:
         plan = self.batcher.next_step()
         result = StepResult(idle=not plan.slices and not plan.granted)
         self.runner.cache.mark.reset()
-        self._slices = plan.slices
-        shape, start = StepShape.of(plan), self.clock()
-        self._running = (shape, start) if plan.slices else None
         for sequence in plan.granted:
             result.granted[sequence.job.id, sequence.job.epoch] = sequence
+        if not plan.slices:
+            self.watch.rest()
+            self.batcher.advance(plan)
+            return result
+        self._slices = plan.slices
+        self.watch.start(StepShape.of(plan))
         try:
-            drawn = iter(self._run(plan, result) if plan.slices else ())
+            drawn = iter(self._run(plan, result))
+            seconds = self.watch.stop()
         except CacheLost:
             self.batcher.restart()
             return result
         finally:
             self._slices = ()
-            self._running = None
-        seconds = self.clock() - start
+            self.watch.drop()
         self.batcher.advance(plan)
         for piece in plan.slices:
             give = self._verify if piece.draft else self._give
             give(piece, list(islice(drawn, piece.draws)), result)
-        if plan.slices:
-            self._learn(plan, shape, result, seconds)
+        self._learn(plan, result, seconds)
         return result
+
+    def look(self) -> None:
+        """Decode a token that nobody asked for, to see how fast this worker is. Only when idle."""
+        assert not self._jobs, "an idle engine"
+        self.runner.cache.mark.reset()
+        with borrowed(self.runner, LOOK_TOKENS) as sequence:
+            sequence.tokens.append(0)
+            self.watch.start(StepShape(0, 0, 1, LOOK_TOKENS + 1))
+            try:
+                self.runner.run([Slice(sequence, LOOK_TOKENS, LOOK_TOKENS + 1)])
+                self.watch.stop()
+            except CacheLost:
+                self.batcher.restart()
+            finally:
+                self.watch.drop()
 
     def _run(self, plan: Step, result: StepResult) -> list[Sampled]:
         return self.runner.run(plan.slices, self._wishes(plan, result))
@@ -217,19 +234,9 @@ class Engine:
         running = [s for s in self.batcher.running if s.remaining == 1]
         return [s for s in running if s.position and not s.hold and self._choices[s].draftable]
 
-    def standing_s(self) -> float:
-        """How long the step that runs has taken beyond what it should have, at the most."""
-        running, learner = self._running, self.learner
-        if not (running and learner):
-            return 0.0
-        shape, since = running
-        return max(0.0, self.clock() - since - LATE_STEP * learner.model.predict(shape))
-
-    def _learn(self, plan: Step, shape: StepShape, result: StepResult, seconds: float) -> None:
+    def _learn(self, plan: Step, result: StepResult, seconds: float) -> None:
         self.steps += 1
         self.tokens += len(result.outputs)
-        if self.learner:
-            self.learner.learn(shape, seconds)
         if not plan.drafted:
             self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, seconds)
         if self.speculator:

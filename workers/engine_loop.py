@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from scheduler.errors import HandoffFailed
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
+IDLE_S = 5.0  # without work before a look
+LOOK_S = 0.1  # that it takes: see SEEN_S
+IDLE_SHARE = 0.02  # of an idle worker's time, at most, goes to looks
 
 
 class EngineLoop:
@@ -59,7 +62,7 @@ class EngineLoop:
         """Step while there is work; until cancelled."""
         with self._listening():
             while True:
-                await self._wake.wait()
+                await self._woken()
                 self._wake.clear()
                 self._stepping = True
                 progressed = await self._step()
@@ -67,6 +70,40 @@ class EngineLoop:
                 changed = self._catch_up()
                 if self.engine.has_work and (progressed or changed):
                     self._wake.set()
+                else:
+                    self.engine.watch.rest()
+
+    async def _woken(self) -> None:
+        """Wait for work, and while there is none look now and then how fast this worker is.
+
+        Nobody else would tell: a router gives nothing to a worker that it believes to be slow.
+        """
+        pause = IDLE_S
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+                return
+            if self.empty.is_set() and self.engine.watch.learner:
+                pause = max(IDLE_S, await self._look() / IDLE_SHARE)
+
+    async def _look(self) -> float:
+        """Decode for nobody, until there is work or enough was seen; says for how long."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        self._stepping = True
+        try:
+            while not self._between and loop.time() - begun < LOOK_S:
+                await loop.run_in_executor(self._thread, self.engine.look)
+        except Exception:  # it is said again by the first step that serves somebody
+            logger.exception("a step for nobody failed")
+        finally:
+            self._stepping = False
+        self.engine.watch.rest()
+        self._catch_up()
+        if self.engine.has_work:
+            self._wake.set()
+        return loop.time() - begun
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

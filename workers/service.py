@@ -83,7 +83,7 @@ class WorkerService:
         fingerprint = f"{engine.text.fingerprint}:{cache.layers}x{cache.kv_heads}x{cache.head_dim}"
         fingerprint += f":{cache.dtype}"
         self._fingerprint = fingerprint
-        engine.learner = Learner(of_rates(rates, cache.layers * cache.token_bytes))
+        engine.watch.learner = Learner(of_rates(rates, cache.layers * cache.token_bytes))
         self._loop = EngineLoop(engine, self._on_outputs, self._on_broken)
         codecs = ("raw",) if cache.dtype == "float32" else config.kv_codecs  # exact mode
         limits = Limits(codecs=codecs)
@@ -159,8 +159,8 @@ class WorkerService:
             kv_bytes_received=self._receiver.bytes_received,
             drafted=engine.speculator.drafted if engine.speculator else 0,
             drafts_accepted=engine.speculator.accepted if engine.speculator else 0,
-            cost=engine.learner.model if engine.learner else None,
-            standing_s=engine.standing_s(),
+            cost=engine.watch.learner.model if engine.watch.learner else None,
+            standing_s=engine.watch.standing_s(),
             others_running=len(others),
             others_queued=sum(max(s.prompt_len - s.computed, 0) for s in others),
             tasks=len(asyncio.all_tasks()),

@@ -171,7 +171,7 @@ def test_a_profile_with_a_bend_stays_within_a_fifth():
 
 def taught(learner: Learner, truth: CostModel, rng: np.random.Generator, count: int) -> Learner:
     for shape in shapes(rng, count):
-        learner.learn(shape, truth.predict(shape) * rng.uniform(0.95, 1.05))
+        learner.see(shape, truth.predict(shape) * rng.uniform(0.95, 1.05))
     return learner
 
 
@@ -195,7 +195,7 @@ def test_one_that_only_decodes_while_it_is_throttled_is_known_to_prefill_slowly_
     throttled = TRUE.slower(2)
     for _ in range(40):
         shape = StepShape(0, 0, 8, 8000)
-        learner.learn(shape, throttled.predict(shape))
+        learner.see(shape, throttled.predict(shape))
     assert learner.model.prefill_s(800) == pytest.approx(throttled.prefill_s(800), rel=0.25)
 
 
@@ -204,7 +204,7 @@ def test_long_decoding_does_not_unlearn_what_prompts_cost():
     learner = taught(Learner(TRUE), TRUE, rng, 100)
     for _ in range(5000):
         shape = StepShape(0, 0, 8, int(8 * rng.integers(100, 3000)))
-        learner.learn(shape, TRUE.predict(shape) * rng.uniform(0.95, 1.05))
+        learner.see(shape, TRUE.predict(shape) * rng.uniform(0.95, 1.05))
     assert learner.model.prefill_s(800) == pytest.approx(TRUE.prefill_s(800), rel=0.25)
     taught(learner, TRUE, rng, 5)
     assert wrong(learner.model, TRUE, rng) < 0.3
@@ -214,21 +214,36 @@ def test_one_step_that_something_held_up_moves_little():
     rng = np.random.default_rng(8)
     learner = taught(Learner(TRUE), TRUE, rng, 200)
     shape = StepShape(0, 0, 8, 8000)
-    learner.learn(shape, 50 * TRUE.predict(shape))
+    learner.see(shape, 50 * TRUE.predict(shape))
     assert learner.model.predict(shape) < 1.3 * TRUE.predict(shape)
+
+
+@pytest.mark.parametrize("period", [0.01, 0.02, 0.1])
+@pytest.mark.parametrize("cap", [0.5, 0.165])
+def test_under_a_cpu_quota_the_pace_in_the_long_run_is_learned(cap, period):
+    """Most steps run at full speed, and some wait for the next period."""
+    learner, step = Learner(of_rates(Rates(1000.0, 0.003))), StepShape(0, 0, 1, 128)
+    left = period * cap
+    for _ in range(1000):
+        seconds, work = 0.0, 0.003
+        while work > left:
+            seconds += left + period * (1 - cap)
+            work, left = work - left, period * cap
+        left -= work
+        learner.see(step, seconds + work)
+    assert learner.model.decode_step_s(1, 128) == pytest.approx(0.003 / cap, rel=0.15)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_what_is_no_time_teaches_nothing(seconds):
     learner = Learner(TRUE)
-    learner.learn(StepShape(0, 0, 1, 10), seconds)
+    learner.see(StepShape(0, 0, 1, 10), seconds)
     assert learner.model == TRUE
-    assert learner.steps == 0
 
 
 def test_no_coefficient_is_ever_negative_whatever_the_steps_take():
     rng = np.random.default_rng(9)
     learner = Learner(TRUE)
     for shape in shapes(rng, 500):
-        learner.learn(shape, float(rng.exponential(0.1)))
+        learner.see(shape, float(rng.exponential(0.1)))
         assert check(learner.model, "learned") is None

@@ -6,13 +6,17 @@ Runners here are gates: a step ends when the test says so.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from contextlib import asynccontextmanager
 
 import pytest
 
+from scheduler.cost import CostModel
+from scheduler.cost_fit import Learner
 from scheduler.errors import BadRequest, HandoffFailed
 from scheduler.messages import FirstToken
+from workers import engine_loop
 from workers.engine_loop import EngineLoop
 from workers.fake import FakeOptions, FakeRunner
 
@@ -104,6 +108,43 @@ async def test_a_job_that_can_never_run_is_refused_to_who_adds_it(running, make_
         for change in (loop.add, loop.prefill, loop.reserve):
             with pytest.raises(BadRequest):
                 await change(make_job(), PROMPT)
+
+
+COST = CostModel(1e-3, 1e-5, 0.0, 1e-4, 0.0, "measured")
+
+
+async def test_an_idle_worker_looks_how_fast_it_is_and_serves_at_once(
+    running, make_job, monkeypatch
+):
+    monkeypatch.setattr(engine_loop, "IDLE_S", 0.0)
+    monkeypatch.setattr(engine_loop, "LOOK_S", math.inf)
+    runner = GatedRunner()
+    runner.cache.data[:] = 7
+    async with running(runner) as (loop, told):
+        loop.engine.watch.learner = Learner(COST)
+        await runner.in_step()
+        adding = asyncio.create_task(loop.add(make_job(max_tokens=1), PROMPT))
+        await asyncio.sleep(0)
+        runner.permits.release()
+        await adding
+        assert (runner.cache.data == 7).all(), "it left no trace"
+        await runner.in_step()
+        runner.permits.release()
+        await told.until(lambda t: t.outputs)
+        assert loop.engine.steps == 1
+
+
+async def test_a_look_that_fails_harms_nobody(running, make_job, monkeypatch):
+    monkeypatch.setattr(engine_loop, "IDLE_S", 0.0)
+    runner = GatedRunner()
+    async with running(runner) as (loop, told):
+        loop.engine.watch.learner = Learner(COST)
+        runner.fail = True
+        await runner.in_step()
+        runner.permits.release(1000)
+        await loop.add(make_job(max_tokens=1), PROMPT)
+        await told.until(lambda t: t.outputs)
+        assert not told.broken
 
 
 async def test_a_cancel_during_a_step_frees_before_the_next(running, make_job):

@@ -40,16 +40,17 @@ def rates(runner):
 @pytest.mark.parametrize(
     ("prefill_s", "decode_s", "expected", "runs"),
     [
-        # the first prompt warms up; medians of five
-        ([9, 0.1, 0.1, 0.5, 0.01, 0.1], [1e-3, 2e-3, 3e-3, 9e-2, 1e-4], (1280, 2e-3), (6, 5)),
+        # the first one warms up; five, or as many as take 0.3 s
+        ([9, *[1 / 8] * 5], [9, *[1 / 16] * 5], (1024, 1 / 16), (6, 6)),
+        ([9, *[1 / 64] * 20], [9, *[1 / 128] * 39], (8192, 1 / 128), (21, 40)),
+        # under a quota most are quick, and the others pay for it
+        ([9, 0, 0, 1 / 4, 0, 1 / 4], [9, 0, 1 / 8, 0, 1 / 8, 1 / 8], (1280, 3 / 40), (6, 6)),
         # a slow machine: no further run begins once the budget is spent
-        ([9, 4.0], [2.0], (32, 2.0), (2, 1)),
-        ([9, 0.5, 0.6], [0.3, 0.5], (128 / 0.55, 0.4), (3, 2)),
+        ([9, 4.0], [9, 2.0], (32, 2.0), (2, 2)),
+        ([9, 0.5, 0.6], [9, 0.3, 0.5], (128 / 0.55, 0.4), (3, 3)),
     ],
 )
-def test_rates_are_medians_of_as_many_runs_as_there_is_time_for(
-    prefill_s, decode_s, expected, runs
-):
+def test_rates_are_means_over_runs_in_a_row(prefill_s, decode_s, expected, runs):
     runner = SlowRunner(64, prefill_s, decode_s)
     got = rates(runner)
     assert got.prefill_tokens_per_s == pytest.approx(expected[0])
@@ -58,7 +59,7 @@ def test_rates_are_medians_of_as_many_runs_as_there_is_time_for(
 
 
 def test_a_small_cache_gets_a_prompt_that_fits_with_one_more_token():
-    runner = SlowRunner(2, [1, 0.5, 0.5], [1])
+    runner = SlowRunner(2, [1, 0.5, 0.5], [1, 1])
     assert rates(runner) == Rates(prefill_tokens_per_s=62.0, decode_s_per_token=1)
     assert set(runner.lengths) == {31, 1}
 
