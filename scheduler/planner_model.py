@@ -22,7 +22,7 @@ from scheduler.linear import LinearProgram
 from scheduler.messages import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     import numpy.typing as npt
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ON_DEMAND = "on-demand"
 SMALL_LOAD = 0.05  # replicas
+FLIP = 0.1  # of a start or a stop: a machine that only changes its role is warm in seconds
 Terms = list[tuple[int, float]]  # variable, factor
 
 
@@ -38,8 +39,10 @@ class Options(msgspec.Struct, frozen=True):
     """What is asked of a plan beyond its cost.
 
     `spare`: the loss of any one replica leaves enough. `on_demand`: least share of each model's
-    requests on machines that are not taken away. `previous` with `switching`: $/h that starting or
-    stopping a replica counts for. `gap`: stop when the cost is proven to be within this share.
+    requests on machines that are not taken away. `previous` with `switching` and `wasted`: $/h that
+    starting or stopping a replica counts for, and the share of its own price besides; one whose
+    role is flipped counts for FLIP of that. `gap`: stop when the cost is proven to be within this
+    share.
     """
 
     slices: int | None = None
@@ -47,6 +50,7 @@ class Options(msgspec.Struct, frozen=True):
     on_demand: float = 0.0
     previous: dict[str, int] = {}
     switching: float = 0.0
+    wasted: float = 0.0
     time_limit: float = 50.0  # s
     gap: float = 0.0
 
@@ -123,6 +127,15 @@ class PlanModel:
             room = usable(counts[c], column.burst)
             self.program.row([*terms, (fullest, -room)], upper=0.0)
 
+    def serve_with(self, counts: list[int], room: list[float]) -> None:
+        """With these counts, of which so many are usable, requests shed per second are the
+        objective."""
+        self.shed_least()
+        for variable, count in zip(self.y, counts, strict=True):
+            self.program.fix(variable, count)
+        for c, terms in self._loads_of(self.x).items():
+            self.program.row(terms, upper=room[c])
+
     def add_loss(self, lost: int) -> None:
         """Everything that is served must still be when one replica of column `lost` is gone."""
         room = list(self._room)
@@ -152,6 +165,8 @@ class PlanModel:
     def _add_count(self, column: Column, load: float) -> None:
         """y of a column, and its usable capacity as terms, now and after one replica's loss."""
         needed = enough(load, column.burst) + (1 if self.options.spare and load > 0 else 0)
+        if self.options.switching or self.options.wasted:  # to keep one may be the cheapest
+            needed = max(needed, self.options.previous.get(column.name, 0))
         most = int(min(needed, self._most(column)))
         paid_by_node = any(nodes.covers(column) for nodes in self.problem.nodes)
         price = 0.0 if paid_by_node else column.price
@@ -282,13 +297,44 @@ class PlanModel:
                 self.program.row(terms, lower=least * sum(rates.values()))
 
     def _add_switching(self) -> None:
-        if not (self.options.previous and self.options.switching):
-            return
-        for column, y in zip(self.problem.columns, self.y, strict=True):
-            before = self.options.previous.get(column.name, 0)
-            changed = self.program.variable(cost=self.options.switching)
-            self.program.row([(changed, 1.0), (y, -1.0)], lower=-before)
-            self.program.row([(changed, 1.0), (y, 1.0)], lower=before)
+        for columns, price in changes(self.problem, self.options):
+            changed = self.program.variable(cost=price)
+            before = _before(self.problem, self.options, columns)
+            for sign in (1.0, -1.0):
+                terms = [(self.y[c], sign) for c in columns]
+                self.program.row([*terms, (changed, -1.0)], upper=sign * before)
+
+
+def changes(problem: Problem, options: Options) -> Iterable[tuple[list[int], float]]:
+    """Columns whose replicas together became more or fewer, and the $/h that each counts for.
+
+    A flip changes two columns and no machine; a start or a stop, one of each.
+    """
+    if not options.previous or not (options.switching or options.wasted):
+        return
+    machines: dict[tuple[str, ...], list[int]] = {}
+    for c, column in enumerate(problem.columns):
+        machines.setdefault(column.machine, []).append(c)
+    for alike in machines.values():
+        price = options.switching + options.wasted * problem.columns[alike[0]].price
+        yield from (([c], price * FLIP / 2) for c in alike)
+        yield alike, price * (1 - FLIP / 2)
+
+
+def switching_cost(problem: Problem, options: Options, replicas: Mapping[str, int]) -> float:
+    """$/h that a plan of these replicas counts for beside its own cost."""
+    return math.fsum(
+        price
+        * abs(
+            sum(replicas.get(problem.columns[c].name, 0) for c in columns)
+            - _before(problem, options, columns)
+        )
+        for columns, price in changes(problem, options)
+    )
+
+
+def _before(problem: Problem, options: Options, columns: Iterable[int]) -> int:
+    return sum(options.previous.get(problem.columns[c].name, 0) for c in columns)
 
 
 def useful_pairs(problem: Problem, asked: Iterable[int]) -> Iterable[tuple[int, int]]:

@@ -49,6 +49,11 @@ class Column(msgspec.Struct, frozen=True):
     link: dict[str, float] = {}
     burst: float = 0.0
 
+    @property
+    def machine(self) -> tuple[str, ...]:
+        """What it runs on; columns that share it differ in their role alone."""
+        return self.model, self.gpu, f"{self.gpus}", self.market, self.region
+
 
 class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """At most `gpus` GPUs of a type; None is any market, any region."""

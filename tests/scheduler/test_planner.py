@@ -19,7 +19,7 @@ from scheduler.head_room import enough, usable
 from scheduler.messages import Role
 from scheduler.plan import violations
 from scheduler.planner import make_plan
-from scheduler.planner_model import Options
+from scheduler.planner_model import Options, switching_cost
 from scheduler.problem import Bucket, Column, Limit, Problem, WholeNodes
 
 M, P, D = Role.MIXED, Role.PREFILL, Role.DECODE
@@ -254,6 +254,48 @@ def test_switching_keeps_what_runs_until_the_saving_is_worth_it():
     assert solve(problem, previous=before, switching=0.6).replicas == {"old": 1}
     changed = solve(problem, previous=before, switching=0.4)
     assert (changed.replicas, changed.cost) == ({"new": 1}, 2)
+
+
+def test_a_role_that_is_flipped_counts_for_less_than_a_machine():
+    problem = Problem(
+        buckets(b=4),
+        (
+            column("flip", {"b": 4}, price=2, gpu="here", role=M),
+            column("prefill", {"b": 4}, price=2, gpu="here", role=P),
+            column("rent", {"b": 4}, price=1.9, gpu="there"),
+        ),
+    )
+    assert solve(problem).replicas == {"rent": 1}
+    assert solve(problem, previous={"prefill": 1}, switching=0.5).replicas == {"flip": 1}
+
+
+def test_switching_may_count_by_the_price_of_what_is_switched():
+    problem = Problem(
+        buckets(b=4), (column("old", {"b": 4}, price=3), column("new", {"b": 4}, price=2))
+    )
+    assert solve(problem, previous={"old": 1}, wasted=0.21).replicas == {"old": 1}
+    assert solve(problem, previous={"old": 1}, wasted=0.19).replicas == {"new": 1}
+
+
+def test_what_a_plan_counts_for_is_what_it_was_solved_with():
+    problem = Problem(
+        buckets(b=1),
+        (column("a", {"b": 1}, gpu="x"), column("b", {"b": 1}, gpu="x", role=P), column("c", {})),
+    )
+    options = Options(previous={"a": 2}, switching=1.0, wasted=1.0)
+    costs = {
+        "stop two": ({}, 4.0),
+        "flip one": ({"a": 1, "b": 1}, 0.2),
+        "flip two and start one": ({"b": 2, "c": 1}, 0.4 + 2),
+    }
+    for replicas, cost in costs.values():
+        assert switching_cost(problem, options, replicas) == pytest.approx(cost)
+
+
+def test_more_than_is_needed_may_be_kept_where_stopping_costs_more():
+    problem = Problem(buckets(b=3), (column("one", {"b": 1}, price=1),))
+    assert solve(problem, previous={"one": 5}, switching=2).replicas == {"one": 5}
+    assert solve(problem, previous={"one": 5}, switching=0.5).replicas == {"one": 3}
 
 
 # ── head-room and spares ────────────────────────────────────────────────────────────────────────
