@@ -90,10 +90,30 @@ class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     certify: tuple[str, ...] = ()  # empty: poisson, and the trace where there is one
 
 
+class Autoscaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How `scheduler.autoscale` decides, once in every `window_s`.
+
+    `start_s`: from renting a machine to its first request. `flip_s`, `drain_s`: until a worker has
+    another role, or has ended its last answer. `hold_s`: for so long a cheaper plan must have been
+    right. `horizon_s`: within it the saving pays for the switch. `cover`: of all windows, the share
+    whose rate is at most the forecast. `band`: above that, before there is another switch.
+    """
+
+    window_s: float = 300.0
+    start_s: float = 180.0
+    flip_s: float = 10.0
+    drain_s: float = 60.0
+    hold_s: float = 1800.0
+    horizon_s: float = 3600.0
+    cover: float = 0.8
+    band: float = 0.05
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slo: Slo
     model: tuple[ServedModel, ...]
     plan: Choices = Choices()
+    autoscale: Autoscaling = Autoscaling()
     limit: tuple[Limit, ...] = ()
     gpu: tuple[Gpu, ...] = ()
     offer: tuple[Offer, ...] = ()
@@ -122,6 +142,7 @@ class Service(msgspec.Struct, frozen=True):
     profiles: tuple[ProfileFile, ...]
     measured: dict[Key, WorkerProfile]
     folder: Path
+    autoscale: Autoscaling = Autoscaling()
 
 
 def read_service(path: Path) -> Service:
@@ -162,7 +183,17 @@ def parse_service(text: str, folder: Path) -> Service:
     if again := [at for at, place in enumerate(places) if place in places[:at]]:
         raise SetupError(f"profile[{again[0]}]: there is one of this model, GPU and TP already")
     measured = {places[at]: profile for at, profile in own.items()}
-    return Service(demands, catalogue, file.plan, file.limit, file.profile, measured, folder)
+    _check_autoscale(file.autoscale)
+    return Service(
+        demands,
+        catalogue,
+        file.plan,
+        file.limit,
+        file.profile,
+        measured,
+        folder,
+        file.autoscale,
+    )
 
 
 def _place(
@@ -224,6 +255,17 @@ def _check_choices(file: _File, catalogue: Catalogue) -> None:
         parse_process(process)
         if process == "trace" and not all(model.trace for model in file.model):
             raise SetupError("plan.certify: trace: not every model has one")
+
+
+def _check_autoscale(settings: Autoscaling) -> None:
+    for field in ("window_s", "start_s", "hold_s", "horizon_s"):
+        _positive(f"autoscale.{field}", getattr(settings, field))
+    for field in ("flip_s", "drain_s", "band"):
+        value = getattr(settings, field)
+        if not (math.isfinite(value) and value >= 0):
+            raise SetupError(f"autoscale.{field}: {value:g} must be 0 or above")
+    if not 0 < settings.cover < 1:
+        raise SetupError(f"autoscale.cover: {settings.cover:g} must be above 0 and below 1")
 
 
 def _demand(

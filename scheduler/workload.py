@@ -87,32 +87,39 @@ class Workload(msgspec.Struct, frozen=True):
         )
 
 
-def from_arrivals(
-    arrivals: Sequence[Arrival],
-    input_edges: Sequence[int] = INPUT_EDGES,
-    output_edges: Sequence[int] = OUTPUT_EDGES,
-) -> Workload:
+def from_arrivals(arrivals: Sequence[Arrival]) -> Workload:
     """The histogram of a trace, at its mean rate. `arrivals` is not empty and in order."""
     span = arrivals[-1].at - arrivals[0].at
     if span <= 0:
         raise SetupError("the trace's requests all arrive at one moment: it has no rate")
-    per_request = (len(arrivals) - 1) / len(arrivals) / span  # n arrivals span n-1 gaps
+    # n arrivals span n-1 gaps
+    counted = count_sizes(arrivals, span * len(arrivals) / (len(arrivals) - 1))
+    return msgspec.structs.replace(
+        counted,
+        dispersion=dispersion([arrival.at for arrival in arrivals]),
+        arrivals=tuple(arrivals),
+    )
+
+
+def count_sizes(arrivals: Iterable[Arrival], seconds: float) -> Workload:
+    """The histogram of what came within so many seconds."""
     cells: dict[tuple[int, int], list[Arrival]] = {}
     for arrival in arrivals:
-        cell = _cell(arrival.input, input_edges), _cell(arrival.output, output_edges)
+        cell = _cell(arrival.input, INPUT_EDGES), _cell(arrival.output, OUTPUT_EDGES)
         cells.setdefault(cell, []).append(arrival)
-    buckets = tuple(
-        SizeBucket(
-            name=f"{_edge(input_edges, i)}/{_edge(output_edges, o)}",
-            size=(
-                sum(arrival.input for arrival in inside) / len(inside),
-                sum(arrival.output for arrival in inside) / len(inside),
-            ),
-            rate=len(inside) * per_request,
+    return Workload(
+        tuple(
+            SizeBucket(
+                name=f"{_edge(INPUT_EDGES, i)}/{_edge(OUTPUT_EDGES, o)}",
+                size=(
+                    sum(arrival.input for arrival in inside) / len(inside),
+                    sum(arrival.output for arrival in inside) / len(inside),
+                ),
+                rate=len(inside) / seconds,
+            )
+            for (i, o), inside in sorted(cells.items())
         )
-        for (i, o), inside in sorted(cells.items())
     )
-    return Workload(buckets, dispersion([arrival.at for arrival in arrivals]), tuple(arrivals))
 
 
 def dispersion(times: Sequence[float]) -> float:
