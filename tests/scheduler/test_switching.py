@@ -88,7 +88,7 @@ def carried_out(running, stages, asked=None):
                 assert exists.pop(step.worker).state != "ready"
             elif step.action in ("flip", "start"):
                 exists[step.worker] = Running(step.worker, step.column)
-    assert {worker.state for worker in exists.values()} <= {"ready"}
+    assert all(worker.state != "draining" for worker in exists.values())
     return Counter(worker.column for worker in exists.values()), worst
 
 
