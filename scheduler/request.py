@@ -126,6 +126,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     embed: bool = False  # the answer is no text but the prompt's last hidden state
     echo: bool = False  # the answer repeats the prompt, with its logprobs if any are asked for
     turn: Turn = FIRST_COME
+    whole: bool = False  # its tokens are read at its end only: a worker may tell of several at once
 
     @property
     def prefill_only(self) -> bool:

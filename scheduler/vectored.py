@@ -32,17 +32,21 @@ class Reader:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._empty = True  # as far as is known: to ask in vain costs as much as to read
         self._watching: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def some(self, views: list[memoryview]) -> int:
         """Wait for bytes and fill byte views in order with them; their number, 0 at the end."""
         while True:
+            if self._empty:
+                await self._readable()
             try:
                 count = self._sock.recvmsg_into(views[:_MOST])[0]
             except BlockingIOError:
-                await self._readable()
+                self._empty = True
             else:
+                self._empty = len(views) == 1 and count < views[0].nbytes
                 advance(views, count)
                 return count
 

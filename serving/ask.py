@@ -11,7 +11,7 @@ from scheduler.request import Grammar, Limits, Prompt, Sampling, ToolUse
 from serving.wish import Wish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
 
@@ -29,6 +29,7 @@ class Ask(msgspec.Struct, frozen=True):
     tools: ToolUse | None = None
     echo: bool = False
     embed: bool = False
+    whole: bool = False  # nobody reads its deltas before the end
     wish: Wish = Wish()
 
 
@@ -56,15 +57,18 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class Stream(Protocol):
-    """An accepted request. Iterating gives deltas, in order within each choice, until all finish.
-
-    Raises Unavailable from the iterator when no worker can go on.
-    """
+    """An accepted request."""
 
     prompt_tokens: int  # over all prompts
-    eager: bool  # False: its reader need not hear of what lies between the first delta and the end
 
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    async def pour(self, take: Callable[[Delta], bool]) -> bool:
+        """Give `take` each delta, in order within each choice; True: all choices have finished.
+
+        `take` is called where deltas arrive, so it must not wait: it gives False when it has no
+        room for more, and so does this then; what comes meanwhile is kept for the next call.
+        Raises Unavailable when no worker can go on, and what `take` raises.
+        """
+        ...
 
 
 class Generator(Protocol):

@@ -151,6 +151,7 @@ class Gateway:
             tools=ask.tools,
             embed=ask.embed,
             echo=ask.echo,
+            whole=ask.whole,
         )
         live = self._live[job.id] = Live(
             Generation(job), self.placing.enter(job, ask.wish), stream, index * ask.n

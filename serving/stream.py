@@ -1,4 +1,4 @@
-"""What one HTTP request reads from: the deltas of all its prompts, as they come."""
+"""What one HTTP request is given: the deltas of all its prompts, as they come."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Callable
 
-    from scheduler.errors import MotleyError
     from serving.ask import Delta
 
 
 class Stream:
-    """The deltas of one request, over all its prompts."""
+    """The deltas of one request, over all its prompts.
+
+    They are given away where they arrive: to wake a task for each costs more than all else that a
+    token needs.
+    """
 
     def __init__(self, generations: int) -> None:
         self.prompt_tokens = 0
-        self.eager = True
-        self._fed = False
         self._unaccepted = generations
         self._unfinished = generations
-        self._deltas: deque[Delta] = deque()
-        self._error: MotleyError | None = None
+        self._waiting: deque[Delta] = deque()  # nobody takes them now
+        self._take: Callable[[Delta], bool] | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def accepted(self) -> None:
@@ -33,15 +35,21 @@ class Stream:
         if self._error:
             raise self._error
 
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        while True:
-            while self._deltas:
-                yield self._deltas.popleft()
-            if self._error:
-                raise self._error
-            if not self._unfinished:
-                return
-            await self._wait()
+    async def pour(self, take: Callable[[Delta], bool]) -> bool:
+        """See ask.Stream.pour."""
+        while self._waiting:
+            if not take(self._waiting.popleft()):
+                return False
+        self._take = take
+        try:
+            while self._take and self._unfinished and not self._error:
+                await self._wait()
+            room = self._take is not None
+        finally:
+            self._take = None
+        if self._error and not self._waiting:
+            raise self._error
+        return room
 
     def start(self, prompt_tokens: int) -> None:
         self.prompt_tokens += prompt_tokens
@@ -49,12 +57,19 @@ class Stream:
         self._wake()
 
     def feed(self, delta: Delta) -> None:
-        self._deltas.append(delta)
-        if self._waiter is not None and (self.eager or not self._fed):
-            self._fed = True
-            self._wake()
+        if self._take is None:
+            if not self._error:
+                self._waiting.append(delta)
+            return
+        try:
+            if self._take(delta):
+                return
+        except Exception as error:  # noqa: BLE001 - it is the reader's, and not the worker's
+            self._error = error
+        self._take = None
+        self._wake()
 
-    def end(self, error: MotleyError | None) -> None:
+    def end(self, error: Exception | None) -> None:
         """One generation has ended; an error ends them all."""
         self._unfinished -= 1
         self._error = self._error or error

@@ -34,6 +34,7 @@ def _job(
     grammar: Grammar | None = None,
     tools: ToolUse | None = None,
     temperature: float = 1.0,
+    whole: bool = False,
     **limits,
 ) -> Job:
     prompt = Prompt(text=text) if ids is None else Prompt(ids=ids)
@@ -52,6 +53,7 @@ def _job(
         tools=tools,
         echo=echo,
         embed=embed,
+        whole=whole,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from scheduler.messages import Alternative, Echo, FinishReason, Output, TokenLogprob
 from workers.runner import Reading
 from workers.tools import CallParser, Said
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from workers.grammar import Mask
     from workers.runner import Sampled
     from workers.text import Tokens
+
+GATHERED = 16  # tokens that the router hears of at once, where nobody reads them one by one
 
 
 class Choice:
@@ -38,6 +42,8 @@ class Choice:
             self._stream = text.stream(job.limits.stop, emitted, sent)
         self._matcher = text.grammars.start(job.grammar, emitted) if job.grammar else None
         self._repeats: TokenIds = []
+        self._told = False
+        self._untold: list[Output] = []
 
     @property
     def sent(self) -> int:
@@ -89,6 +95,21 @@ class Choice:
         self._position += len(output.ids)
         return output
 
+    def tell(self, output: Output) -> Output | None:
+        """What the router hears now: of an answer that is read as a whole, several tokens at once.
+
+        The first goes alone, at once. If this worker is lost, those that were not told are computed
+        again.
+        """
+        if not self._job.whole:
+            return output
+        untold = self._untold
+        untold.append(output)
+        if self._told and output.finish is None and len(untold) < GATHERED:
+            return None
+        self._told, self._untold = True, []
+        return untold[0] if len(untold) == 1 else _join(untold)
+
     def _say(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that a token lets out, and why it is the last one, if it is."""
         stream, matcher = self._stream, self._matcher
@@ -136,3 +157,15 @@ class Choice:
 
     def _spell(self, token: int) -> tuple[str, bytes]:
         return self._text.token_text(token), self._text.token_bytes(token)
+
+
+def _join(outputs: list[Output]) -> Output:
+    """Outputs of one choice that follow each other, as one."""
+    return msgspec.structs.replace(
+        outputs[0],
+        ids=[token for output in outputs for token in output.ids],
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(logprob for output in outputs for logprob in output.logprobs),
+        calls=tuple(call for output in outputs for call in output.calls),
+        finish=outputs[-1].finish,
+    )

@@ -236,7 +236,6 @@ class Engine:
 
     def _learn(self, plan: Step, result: StepResult, seconds: float) -> None:
         self.steps += 1
-        self.tokens += len(result.outputs)
         if not plan.drafted:
             self.batcher.pace.learn(plan.decodes, plan.prompt_tokens, seconds)
         if self.speculator:
@@ -300,7 +299,8 @@ class Engine:
             return
         sequences = [parent, *self._branch(parent)]
         outputs = [self._append(s, d) for s, d in zip(sequences, drawn, strict=True)]
-        result.outputs += outputs
+        for told, output in zip(sequences, outputs, strict=True):
+            self._tell(told, output, result)
         if parent.hold:
             self._hold(sequences, outputs, result)
         else:
@@ -313,7 +313,7 @@ class Engine:
         sequence, right = piece.sequence, 0
         for expected, sampled in zip((*piece.draft, None), drawn, strict=True):
             output = self._append(sequence, sampled)
-            result.outputs.append(output)
+            self._tell(sequence, output, result)
             if output.finish or sampled.token != expected:
                 break
             right += 1
@@ -353,8 +353,13 @@ class Engine:
     def _append(self, sequence: Sequence, drawn: Sampled) -> Output:
         output = self._choices[sequence].take(drawn, sequence.cached)
         sequence.tokens += output.ids
+        self.tokens += len(output.ids)
         sequence.read = False
         return output
+
+    def _tell(self, sequence: Sequence, output: Output, result: StepResult) -> None:
+        if (told := self._choices[sequence].tell(output)) is not None:
+            result.outputs.append(told)
 
     def _forget(self, sequence: Sequence) -> None:
         """Everything that is known of it but its place among its job's sequences."""

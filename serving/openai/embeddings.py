@@ -20,7 +20,7 @@ from serving.openai.errors import status_of
 from serving.openai.requests import TokenId, read_prompts
 
 if TYPE_CHECKING:
-    from serving.ask import Generator
+    from serving.ask import Delta, Generator
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
 
@@ -80,12 +80,16 @@ class EmbeddingEndpoint:
         body = checks.decode(await read_body(request, self._limits), _DECODER)
         ask = _ask(body, f"embd-{request[REQUEST_ID]}", created, self._limits)
         vectors: dict[int, Vector] = {}
+
+        def take(delta: Delta) -> bool:
+            vectors[delta.index] = _vector(delta.embedding, body.encoding_format)
+            return True
+
         try:
             async with self._generator.open(ask) as stream:
                 record.model = ask.model
                 record.prompt_tokens = stream.prompt_tokens
-                async for delta in stream:
-                    vectors[delta.index] = _vector(delta.embedding, body.encoding_format)
+                await stream.pour(take)
         except BadRequest as error:
             if error.param != "prompt":
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import HttpVersion11, web
@@ -23,11 +23,9 @@ from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, 
 from serving.wish import read_wish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
-    from aiohttp.abc import AbstractStreamWriter
-
-    from serving.ask import Generator, Stream
+    from serving.ask import Delta, Generator, Stream
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
     from serving.openai.replies import Reply
@@ -41,9 +39,8 @@ _SSE_HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would hold events back
 }
-
-
-_UNSEEN_MOST = 1 << 14  # bytes
+APART_S = 0.004  # between two packets of one stream: none of its readers reads faster
+_PACKET_MOST = 1 << 14  # bytes
 
 
 class Dialect(NamedTuple):
@@ -65,6 +62,7 @@ class Endpoints:
         self._generator = generator
         self._metrics = metrics
         self._limits = limits
+        self._sweep = Sweep()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._counted(CHAT, request)
@@ -93,19 +91,22 @@ class Endpoints:
             record.model = call.ask.model
         reply = dialect.reply(call)
         if call.stream:
-            events = Events(request, self._limits.stall_s)
+            events = Events(request, self._sweep, self._limits.stall_s)
             await self._stream(call, reply, events, record)
             return events.response
         return await self._whole(call, reply, record)
 
     async def _whole(self, call: Call, reply: Reply, record: RequestRecord) -> web.Response:
         collected = Collected()
+
+        def take(delta: Delta) -> bool:
+            record.saw(delta)
+            collected.add(delta)
+            return True
+
         async with self._generator.open(call.ask) as stream:
             _accept(record, call, stream)
-            stream.eager = False
-            async for delta in stream:
-                record.saw(delta)
-                collected.add(delta)
+            await stream.pour(take)
         body = reply.body(collected.choices(), _usage(record))
         record.code = OK
         return web.Response(body=body, content_type="application/json")
@@ -113,15 +114,18 @@ class Endpoints:
     async def _stream(
         self, call: Call, reply: Reply, events: Events, record: RequestRecord
     ) -> None:
+        def take(delta: Delta) -> bool:
+            record.saw(delta)
+            return events.add(reply.chunk(delta), last=delta.finish is not None)
+
         try:
             async with self._generator.open(call.ask) as stream:
                 _accept(record, call, stream)
                 await events.begin()
-                async for delta in stream:
-                    record.saw(delta)
-                    await events.send(reply.chunk(delta))
+                while not await stream.pour(take):
+                    await events.drain()
             usage = reply.usage_chunk(_usage(record)) if call.include_usage else b""
-            await events.send(usage + DONE)
+            await events.end(usage + DONE)
             record.code = OK
         except ClientLeft:
             record.code = CLIENT_LEFT
@@ -130,64 +134,123 @@ class Endpoints:
                 raise
             record.code = status_of(error)
             with suppress(ClientLeft):
-                await events.send(failure_of(error, events.request_id).event)
+                await events.end(failure_of(error, events.request_id).event)
+        finally:
+            events.close()
 
 
 class ClientLeft(Exception):
     """The connection is gone, or the client has stopped reading."""
 
 
-class Events:
-    """One response of server-sent events. A slow client is waited for, `stall_s` at most."""
+class Sweep:
+    """Streams that have written a moment ago: what comes meanwhile leaves APART_S later.
 
-    def __init__(self, request: web.Request, stall_s: float) -> None:
-        self.response = web.StreamResponse(headers=_SSE_HEADERS)
+    One timer for all of them, for what events cost is packets and wake-ups.
+    """
+
+    def __init__(self) -> None:
+        self._streams: list[Events] = []
+
+    def add(self, events: Events) -> None:
+        if not self._streams:
+            asyncio.get_running_loop().call_later(APART_S, self._write)
+        self._streams.append(events)
+
+    def _write(self) -> None:
+        streams, self._streams = self._streams, []
+        for events in streams:
+            events.write()
+
+
+class Head(web.StreamResponse):
+    """Its headers leave with the first bytes of the body."""
+
+    _send_headers_immediately = False
+
+
+class Events:
+    """One response of server-sent events. A slow client is waited for, `stall_s` at most.
+
+    Only the first, with the headers, and the last go through aiohttp: the others are many.
+    """
+
+    def __init__(self, request: web.Request, sweep: Sweep, stall_s: float) -> None:
+        self.response = Head(headers=_SSE_HEADERS)
         if request.version >= HttpVersion11:
             self.response.enable_chunked_encoding()
         self.begun = False
-        self._writer: AbstractStreamWriter | None = None
-        self._first_sent = False
-        self._unseen = 0  # bytes written since the transport was asked whether it has room
         self._request = request
+        self._sweep = sweep
         self._stall_s = stall_s
+        self._clock = asyncio.get_running_loop().time
+        self._waiting = b""
+        self._swept = False  # in the next sweep
+        self._first = True
+        self._wrote = 0.0  # when the latest packet left
 
     @property
     def request_id(self) -> str:
         return self._request[REQUEST_ID]
 
     async def begin(self) -> None:
-        """Have the headers leave before the first event. Raises ClientLeft."""
+        """From here on an error is an event. Raises ClientLeft."""
         self.begun = True
-        try:
-            self._writer = await self.response.prepare(self._request)
-        except ConnectionError:
-            raise ClientLeft from None
+        async with self._patience():
+            await self.response.prepare(self._request)
 
-    async def send(self, event: bytes) -> None:
-        """Returns when the client's socket has room for more. Raises ClientLeft.
+    def add(self, event: bytes, *, last: bool) -> bool:
+        """Send an event soon; the `last` one of a choice leaves with what follows it.
 
-        Only the first event goes through aiohttp, with the headers. An event is small and they are
-        many, so the others are framed here; what the transport has not sent is looked at now and
-        then.
+        False: there is no room; `drain` before the next one.
         """
-        self._unseen += len(event)
-        if self._unseen < _UNSEEN_MOST and self._first_sent:
-            transport = self._request.transport
-            if transport is None or transport.is_closing():
-                raise ClientLeft
-            if self.response.chunked:
-                event = b"%x\r\n%b\r\n" % (len(event), event)
-            transport.write(event)
-            return
-        self._unseen, self._first_sent = 0, True
-        await self._drained(event)
+        self._waiting += event
+        if last:
+            return True
+        protocol = self._request.protocol
+        if self._first or protocol.writing_paused or len(self._waiting) > _PACKET_MOST:
+            return False
+        if not self._swept:
+            if self._clock() - self._wrote >= APART_S:
+                self.write()
+            else:
+                self._swept = True
+                self._sweep.add(self)
+        return True
 
-    async def _drained(self, event: bytes) -> None:
+    def write(self) -> None:
+        """What waits, in one packet, without waiting for room."""
+        events, transport = self._take(), self._request.transport
+        if events and transport is not None and not transport.is_closing():
+            chunk = b"%x\r\n%b\r\n" % (len(events), events)
+            transport.write(chunk if self.response.chunked else events)
+
+    async def drain(self) -> None:
+        """Returns when the client's socket has room for more. Raises ClientLeft."""
+        self._first = False
+        async with self._patience():
+            await self.response.write(self._take())
+            await self._request.writer.drain()
+
+    async def end(self, event: bytes) -> None:
+        """Nothing follows this one. Raises ClientLeft."""
+        async with self._patience():
+            await self.response.write_eof(self._take() + event)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._take()
+
+    def _take(self) -> bytes:
+        self._swept, self._wrote = False, self._clock()
+        events, self._waiting = self._waiting, b""
+        return events
+
+    @asynccontextmanager
+    async def _patience(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._stall_s):
-                await self.response.write(event)
-                if self._writer:
-                    await self._writer.drain()
+                yield
         except ConnectionError:
             raise ClientLeft from None
         except TimeoutError:

@@ -177,6 +177,7 @@ def _call(
         n=_n(body.n, len(prompts), limits),
         created=created,
         grammar=grammar(body),
+        whole=not body.stream,
     )
     options = body.stream_options
     usage = options is not None and bool(options.include_usage)

@@ -98,9 +98,21 @@ class Cluster:
         """The whole answer, by choice."""
         found: dict[int, str] = {}
         async with self.gateway.open(ask) as stream:
-            async for delta in stream:
+            async for delta in self.each(stream):
                 found[delta.index] = found.get(delta.index, "") + delta.text
         return found
+
+    @staticmethod
+    async def each(stream):
+        """Its deltas, one by one: it waits while each is used."""
+        taken = []
+
+        def take(delta):
+            taken.append(delta)
+            return False
+
+        while not await stream.pour(take):
+            yield taken.pop()
 
     async def idle(self) -> None:
         """Nobody holds anything."""

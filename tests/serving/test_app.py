@@ -89,8 +89,15 @@ class Saying:
         self.script = script
         self.ask = ask
         self.prompt_tokens = 3 * len(ask.prompts)
+        self.deltas = self.say()
 
-    async def __aiter__(self):
+    async def pour(self, take):
+        async for delta in self.deltas:
+            if not take(delta):
+                return False
+        return True
+
+    async def say(self):
         for number, word in enumerate(WORDS):
             for index in range(self.ask.n * len(self.ask.prompts)):
                 yield self.delta(index, word)
@@ -232,6 +239,18 @@ async def test_the_openai_client_reads_streamed_completions(client):
     assert "".join(choice.text for choice in choices) == ANSWER
     assert [choice.logprobs.text_offset for choice in choices] == [[0], [5], [10], [12]]
     assert [choice.finish_reason for choice in choices] == [None, None, None, "stop"]
+
+
+async def test_events_that_come_at_once_share_packets(edge):
+    """Four words and the end: the first word leaves with the headers, the last one with the end."""
+    reader, writer = await send(edge, CHAT | {"stream": True})
+    await reader.readuntil(b"\r\n\r\n")
+    sizes = []
+    while size := int(await reader.readline(), 16):
+        sizes.append((await reader.readexactly(size)).count(b"data: "))
+        await reader.readline()
+    assert sizes == [1, 4]
+    writer.close()
 
 
 async def test_events_are_one_for_each_delta_then_done(edge):

@@ -93,7 +93,7 @@ async def test_a_hand_over_tells_how_fast_its_link_is(cluster, make_ask):
 async def test_limits_and_logprobs_travel(cluster, make_ask):
     async with cluster("p", "d") as it:
         async with it.gateway.open(make_ask(max_tokens=5, logprobs=2)) as stream:
-            deltas = [delta async for delta in stream]
+            deltas = [delta async for delta in it.each(stream)]
         assert [(d.tokens, len(d.logprobs), len(d.logprobs[0].top)) for d in deltas] == [
             (1, 1, 2)
         ] * 5
@@ -173,7 +173,7 @@ async def test_when_the_client_leaves_the_workers_are_empty_and_count_it(
 ):
     async with cluster(*workers, options=SLOW) as it:
         async with it.gateway.open(make_ask(n=2)) as stream:
-            deltas = aiter(stream)
+            deltas = it.each(stream)
             for _ in range(after):
                 await anext(deltas)
         await it.idle()

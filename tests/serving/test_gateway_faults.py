@@ -57,7 +57,7 @@ async def answer_while(it, ask, after: int, strike) -> dict[int, str]:
     async with it.gateway.open(ask) as stream:
         if after == 0:
             await strike()
-        async for delta in stream:
+        async for delta in it.each(stream):
             found[delta.index] = found.get(delta.index, "") + delta.text
             seen += 1
             if seen == after:
@@ -97,7 +97,7 @@ async def test_workers_die_one_after_another(cluster, make_ask, unbroken):
     async with cluster("m1", "m2", "m3", "m4", options=SLOW) as it:
         found, victims = "", iter(["m1", "m2", "m3"])
         async with it.gateway.open(make_ask()) as stream:
-            async for delta in stream:
+            async for delta in it.each(stream):
                 found += delta.text
                 if len(found) % 7 == 3 and (victim := next(victims, None)):
                     await it.kill(victim)
@@ -187,7 +187,7 @@ async def test_between_two_lives_of_the_only_worker_the_model_is_unavailable_not
 async def test_the_client_leaves_while_it_waits_for_a_worker(cluster, make_ask):
     """Nothing of it is left: the fixture counts tasks."""
     async with cluster("m", options=SLOW) as it, it.gateway.open(make_ask()) as stream:
-        await anext(aiter(stream))
+        await anext(it.each(stream))
         await it.kill("m")
 
 

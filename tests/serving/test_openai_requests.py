@@ -28,9 +28,8 @@ def completion(**fields):
 
 
 def test_a_chat_with_nothing_set_has_openais_defaults():
-    ask = Ask(
-        "id", "m", (Prompt(messages=(Message("user", "Hi"),)),), Sampling(7), Limits(), 1, 12.5
-    )
+    prompt = Prompt(messages=(Message("user", "Hi"),))
+    ask = Ask("id", "m", (prompt,), Sampling(7), Limits(), 1, 12.5, whole=True)
     assert chat() == requests.Call(ask, stream=False, include_usage=False)
 
 

@@ -50,7 +50,7 @@ async def test_requests_of_both_share_workers_and_go_home(two_routers, make_ask)
 async def test_each_sees_what_the_other_has_there(two_routers, make_ask, until):
     async with two_routers(SLOWER, m=Role.MIXED) as (here, there):
         async with here.gateway.open(make_ask(n=1)) as stream:
-            await anext(aiter(stream))
+            await anext(here.each(stream))
             await until(lambda: there.members.get("m").load.others_running == 1)
             assert here.members.get("m").load.others_running == 0
         await until(lambda: there.members.get("m").load.others_running == 0)
@@ -62,7 +62,7 @@ async def test_a_router_that_is_lost_takes_only_its_own_requests_along(
     async with two_routers(p=Role.PREFILL, d=Role.DECODE) as (here, there):
         unbroken = await here.text(make_ask())
         async with here.gateway.open(make_ask(n=2)) as stream:
-            deltas = aiter(stream)
+            deltas = here.each(stream)
             await anext(deltas)
             theirs = asyncio.create_task(there.text(make_ask()))
             await until(

@@ -218,6 +218,24 @@ def test_without_asking_there_are_none(make_engine, make_job):
     assert [output.logprobs for output in answer] == [()] * 3
 
 
+# ── answers that are read as a whole ────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("choices", [(0,), (0, 1)])
+def test_a_whole_answer_comes_in_few_pieces_and_says_the_same(make_engine, make_job, choices):
+    fields = {"choices": choices, "max_tokens": 40, "ignore_eos": True, "logprobs": 1}
+    token_by_token = serve(make_engine(), make_job(**fields))
+    whole = serve(make_engine(), make_job(**fields, whole=True))
+    assert whole.keys() == token_by_token.keys()
+    for number, pieces in whole.items():
+        single = token_by_token[number]
+        assert [len(piece.ids) for piece in pieces] == [1, 16, 16, 7]
+        assert [piece.position for piece in pieces] == [0, 1, 17, 33]
+        assert [piece.finish for piece in pieces] == [None, None, None, "length"]
+        assert (ids(pieces), text(pieces)) == (ids(single), text(single))
+        assert sum((p.logprobs for p in pieces), ()) == sum((o.logprobs for o in single), ())
+
+
 # ── replay ──────────────────────────────────────────────────────────────────────────────────────
 
 
