@@ -42,7 +42,7 @@ class Stream:
                 return False
         self._take = take
         try:
-            while self._take and self._unfinished and not self._error:
+            while self._take is not None and self._unfinished and not self._error:
                 await self._wait()
             room = self._take is not None
         finally:

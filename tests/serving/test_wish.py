@@ -114,7 +114,7 @@ async def test_a_replay_keeps_the_place_of_its_arrival_in_a_queue(cluster, make_
                 now[0] += 7.0
                 if name == "m1":
                     await it.kill("m1")
-            async for _ in stream:
+            async for _ in it.each(stream):
                 pass
         assert turns == [Turn(left_s=300.0), Turn(left_s=293.0)]
 
