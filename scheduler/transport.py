@@ -357,5 +357,7 @@ async def _serve_one(
         logger.debug("connection from %s ended: %r", connection.remote, error)
     except ProtocolError as error:
         logger.warning("connection from %s refused: %s", connection.remote, error)
+    except Exception:  # it costs this connection, not the process
+        logger.exception("connection from %s ended by a fault of ours", connection.remote)
     finally:
         connection.close()

@@ -316,6 +316,19 @@ async def test_a_network_that_went_away_is_a_lost_connection():
             await connection.send(Joined(1.0))
 
 
+async def test_a_fault_of_whoever_serves_a_connection_is_logged_and_ends_it(caplog):
+    async def handle(connection: Connection) -> None:
+        raise ArithmeticError("no such number")
+
+    async with listen("127.0.0.1", 0, SECRET, handle) as (host, port):
+        for _ in range(2):  # the listener goes on
+            connection = await dial(host, port, SECRET)
+            with pytest.raises(ConnectionError):
+                await connection.receive()
+            connection.close()
+    assert [record.exc_info[0] for record in caplog.records] == [ArithmeticError] * 2
+
+
 # ── the handshake ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from scheduler.batching import Batcher
+from scheduler.blocks import BlockPool
 from scheduler.errors import HandoffFailed
 from scheduler.messages import (
     Address,
@@ -28,7 +30,8 @@ from scheduler.messages import (
 )
 from scheduler.transport import listen
 from workers import kv_send
-from workers.fake import SHAPE, FakeOptions, FakeRunner
+from workers.engine import Engine
+from workers.fake import SHAPE, FakeOptions, FakeRunner, FakeText
 from workers.kv_cache import KvCache
 from workers.kv_memory import host
 from workers.kv_wire import Limits, seal
@@ -283,6 +286,41 @@ async def test_no_blocks_within_the_limit(linked, make_job, job):
         with pytest.raises(HandoffFailed, match="TimeoutError"):
             await link.hand_over(job)
         link.decode.loop.release(("other", 1))
+
+
+class Faulty(Engine):
+    """It fails where nobody expects it."""
+
+    def __init__(self, where: str) -> None:
+        options = FakeOptions()
+        batcher = Batcher(BlockPool(64))
+        super().__init__(FakeRunner(64, options), FakeText(options.context), batcher)
+        self._where = where
+
+    def reserve(self, job, prompt):
+        if self._where == "reserve":
+            raise ArithmeticError("no such number")
+        super().reserve(job, prompt)
+
+    def resume(self, key, firsts, generation=None):
+        if self._where == "resume":
+            raise ArithmeticError("no such number")
+        return super().resume(key, firsts, generation)
+
+
+@pytest.mark.parametrize("where", ["reserve", "resume"])
+async def test_a_fault_of_the_decode_worker_is_said_and_logged_and_frees_the_blocks(
+    linked, job, caplog, where
+):
+    async with linked(decode=Faulty(where)) as link:
+        with pytest.raises(HandoffFailed, match="ArithmeticError: no such number"):
+            await link.hand_over(job)
+        await link.decode.empty()
+        (record,) = (r for r in caplog.records if r.levelname == "ERROR")
+        assert (record.getMessage(), record.exc_info[0]) == (
+            "job job from p failed",
+            ArithmeticError,
+        )
 
 
 async def test_a_lease_without_a_commit_runs_out(linked, job):
