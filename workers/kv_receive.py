@@ -54,19 +54,6 @@ def _memory_for(reserve: Reserve) -> OwnMemory | None:
         return None
 
 
-def _reason(reserve: Reserve, error: Exception) -> str:
-    """Why a hand-over failed, which is logged: with its trace, if it is a fault of ours."""
-    job, sender = reserve.job.id, reserve.prefill
-    if isinstance(error, TimeoutError):
-        logger.warning("job %s from %s: the lease ran out", job, sender)
-        return "the lease ran out"
-    if isinstance(error, HandoffFailed | BadRequest):
-        logger.warning("job %s from %s: %s", job, sender, error)
-        return str(error)
-    logger.exception("job %s from %s failed", job, sender, exc_info=error)
-    return f"{type(error).__name__}: {error}"
-
-
 REMEMBERED = 256  # cancelled jobs, whose reservation may still be on its way
 
 
@@ -93,11 +80,18 @@ class KvReceiver:
                     stack.callback(memory.close)
                 try:
                     await self._take(connection, memory, reserve)
+                except (HandoffFailed, BadRequest, TimeoutError) as error:
+                    reason = str(error) or "the lease ran out"
+                    logger.warning("job %s from %s: %s", reserve.job.id, reserve.prefill, reason)
                 except (ConnectionError, ProtocolError):
                     raise  # nobody is there to be told
-                except Exception as error:  # the prefill worker fails the job, which goes elsewhere
-                    await connection.send(Refused(_reason(reserve, error)))
-                    return
+                except Exception as error:  # the prefill worker is told, the job goes elsewhere
+                    reason = f"{type(error).__name__}: {error}"
+                    logger.exception("job %s from %s failed", reserve.job.id, reserve.prefill)
+                else:
+                    continue
+                await connection.send(Refused(reason))
+                return
 
     def cancel(self, key: Key) -> bool:
         """Stop receiving a job, or refuse it if it comes later. False if none is under way.
