@@ -269,6 +269,19 @@ def test_a_slow_rank_is_a_spare_until_the_model_needs_its_memory(make_runner, fo
     assert len(generate(runner)) == 12
 
 
+def test_ranks_that_the_model_has_no_part_for_are_spares(make_runner, folder, group):
+    """4 heads of 16 numbers are two blocks."""
+    fast = {"mode": "fast", "quantize": "int8"}
+    runner = make_runner(folder, (1, 1, 1, 1), **fast)
+    assert runner.ranks == 2
+    together = generate(runner)
+    group.lose(runner._members[0].hello.name)
+    with pytest.raises(CacheLost):
+        generate(runner)
+    assert runner.ranks == 2
+    assert generate(runner) == together
+
+
 def test_measured_ranks_of_an_exact_group_share_by_their_rates(make_runner, folder, group):
     group.join("half", None, measured("half", 1e4))
     group.leader.wait_for(1, 20)

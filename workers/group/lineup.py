@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from workers.group.partition import Share, partition
+from workers.group.partition import Share, most_ranks, partition
 from workers.group.plan import choose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from scheduler.models import ModelShape
     from workers.group.leader import Member
+    from workers.group.partition import Mode
     from workers.group.plan import Box, Demand
 
 logger = logging.getLogger(__name__)
@@ -31,9 +33,7 @@ class Lineup(NamedTuple):
     shares: tuple[Share, ...]
 
 
-def line_up(
-    demand: Demand, mode: Literal["fast", "exact"], own: Offer, members: Sequence[Member]
-) -> Lineup:
+def line_up(demand: Demand, mode: Mode, own: Offer, members: Sequence[Member]) -> Lineup:
     """By the weights, if any was given; else by the plan, which may leave members out as spares.
 
     In `exact` mode, of which nothing was measured, only the rates' proportions count. Raises
@@ -43,10 +43,9 @@ def line_up(
     boxes = [offer.box for offer in offers if offer.box]
     if len(boxes) < len(offers):
         weights = [1.0 if offer.weight is None else offer.weight for offer in offers]
-        return Lineup(list(members), partition(demand.shape, weights))
+        return _all(demand.shape, mode, weights, members)
     if mode == "exact":
-        rates = [box.weights_per_s for box in boxes]
-        return Lineup(list(members), partition(demand.shape, rates))
+        return _all(demand.shape, mode, [box.weights_per_s for box in boxes], members)
     plan = choose(demand, boxes).plan
     taken = [member for member in members if member.hello.name not in plan.left_out]
     for rank in plan.ranks:
@@ -61,3 +60,15 @@ def line_up(
     for name in plan.left_out:
         logger.warning("rank %s would make every token slower: it stays as a spare", name)
     return Lineup(taken, tuple(rank.share for rank in plan.ranks))
+
+
+def _all(
+    shape: ModelShape, mode: Mode, weights: Sequence[float], members: Sequence[Member]
+) -> Lineup:
+    """Everybody, or the first of them if they are more than the model has parts."""
+    most = most_ranks(shape, mode)
+    for member in members[most - 1 :]:
+        logger.warning(
+            "rank %s stays as a spare: this model has parts for %d", member.hello.name, most
+        )
+    return Lineup(list(members[: most - 1]), partition(shape, weights[:most], mode))

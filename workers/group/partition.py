@@ -3,15 +3,17 @@
 Attention is cut between query heads. With at least as many kv heads as ranks a rank gets whole kv
 groups (a kv head and the query heads that share it); with fewer, a group is shared by neighbouring
 ranks, each of which keeps its kv head too. Feed-forwards are cut in units of columns, the
-vocabulary in panels of rows. A rank's part of a layer's output is a sum over its own heads and
-columns, so the ranks' parts add up to the whole (Shoeybi et al. 2019, Megatron-LM, §3).
+vocabulary in panels of rows. The kernels of `fast` mode multiply whole blocks, so there heads that
+are no whole blocks stay together in as many as fill some. A rank's part of a layer's output is a
+sum over its own heads and columns, so the ranks' parts add up to the whole (Shoeybi et al. 2019,
+Megatron-LM, §3).
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
@@ -22,8 +24,11 @@ if TYPE_CHECKING:
 
     from scheduler.models import ModelShape
 
-FFN_UNIT = 32  # columns that share a scale in the finest of the block formats
+BLOCK = 32  # columns that share a scale in the finest of the block formats
 VOCAB_UNIT = 16  # rows of a panel (kernels/cpu/formats.h)
+
+
+Mode: TypeAlias = Literal["fast", "exact"]
 
 
 class Range(msgspec.Struct, frozen=True, array_like=True):
@@ -62,18 +67,28 @@ class Share(msgspec.Struct, frozen=True):
         )
 
 
+def most_ranks(shape: ModelShape, mode: Mode) -> int:
+    """How many ranks can share a model's attention."""
+    step, group = _step(shape, mode), shape.heads // shape.kv_heads
+    return shape.heads // math.lcm(step, 1 if group % step == 0 else group)
+
+
 def partition(
-    shape: ModelShape, weights: Sequence[float], ffn_unit: int = FFN_UNIT
+    shape: ModelShape, weights: Sequence[float], mode: Mode = "fast"
 ) -> tuple[Share, ...]:
     """Each rank's share, as near to its weight as whole units go; every rank gets some of all.
 
     Heads are coarse, so the feed-forward's columns make up for what they leave uneven. Raises
-    SetupError if there are more ranks than query heads, or than units of anything else.
+    SetupError if there are more ranks than units of anything.
     """
     ranks, relative = len(weights), [weight / sum(weights) for weight in weights]
-    if ranks > shape.heads:
-        raise SetupError(f"{ranks} ranks for {shape.heads} query heads: leave out the others")
-    heads, kv_heads = _heads(shape, relative)
+    if ranks > (most := most_ranks(shape, mode)):
+        step = _step(shape, mode)
+        narrow = f", which go {step} by {step} (in --mode exact one by one)" * (step > 1)
+        raise SetupError(
+            f"{ranks} ranks for {shape.heads} query heads{narrow}: leave out {ranks - most}"
+        )
+    heads, kv_heads = _heads(shape, relative, _step(shape, mode))
     by_head = 2 * shape.head_dim * shape.hidden * (1 + shape.kv_heads / shape.heads)
     by_column = 3 * shape.hidden
     ffn = shape.ffn if len(shape.expert_layers) < shape.layers else 0
@@ -92,8 +107,8 @@ def partition(
             raise SetupError(f"a width of {total} cannot be cut into units of {unit}")
         return [part.times(unit) for part in _ranges(apportion(total // unit, by))]
 
-    ffns = cut(shape.ffn, _unit(shape.ffn, ffn_unit), compensated)
-    expert_ffns = cut(shape.expert_ffn, _unit(shape.expert_ffn, ffn_unit), compensated)
+    ffns = cut(shape.ffn, _unit(shape.ffn, BLOCK), compensated)
+    expert_ffns = cut(shape.expert_ffn, _unit(shape.expert_ffn, BLOCK), compensated)
     vocabs = cut(shape.vocab, _unit(shape.vocab, VOCAB_UNIT), relative)
     parts = zip(heads, kv_heads, ffns, expert_ffns, vocabs, strict=True)
     return tuple(Share(*part) for part in parts)
@@ -118,25 +133,34 @@ def _unit(total: int, unit: int) -> int:
     return unit if total % unit == 0 else 1
 
 
-def _heads(shape: ModelShape, weights: Sequence[float]) -> tuple[list[Range], list[Range]]:
-    """Query heads and kv heads of each rank."""
+def _step(shape: ModelShape, mode: Mode) -> int:
+    """How many query heads fill whole blocks; 1 for a model that runs in exact mode anyhow."""
+    step = BLOCK // math.gcd(BLOCK, shape.head_dim) if mode == "fast" else 1
+    return step if shape.heads % step == 0 else 1
+
+
+def _heads(
+    shape: ModelShape, weights: Sequence[float], step: int
+) -> tuple[list[Range], list[Range]]:
+    """Query heads, in multiples of `step`, and kv heads of each rank."""
     group = shape.heads // shape.kv_heads  # query heads that share a kv head
-    if len(weights) <= shape.kv_heads:
-        kv = _ranges(apportion(shape.kv_heads, weights))
+    least = math.lcm(step, group) // group  # kv heads whose groups fill whole steps
+    if len(weights) <= shape.kv_heads // least:
+        kv = [part.times(least) for part in _ranges(apportion(shape.kv_heads // least, weights))]
         return [part.times(group) for part in kv], kv
     heads: list[Range] = []
     kv_heads: list[Range] = []
-    first = 0
-    for number, ranks in enumerate(_ranks_of_groups(shape.kv_heads, group, weights)):
-        part = _ranges(apportion(group, weights[first : first + ranks]), number * group)
-        heads += part
+    first, pieces = 0, group // step  # of a group, which are whole: else the ranks are too many
+    for number, ranks in enumerate(_ranks_of_groups(shape.kv_heads, pieces, weights)):
+        parts = _ranges(apportion(pieces, weights[first : first + ranks]), number * pieces)
+        heads += [part.times(step) for part in parts]
         kv_heads += [Range(number, number + 1)] * ranks
         first += ranks
     return heads, kv_heads
 
 
-def _ranks_of_groups(groups: int, group: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """How many neighbouring ranks share each kv group of `group` query heads.
+def _ranks_of_groups(groups: int, pieces: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """How many neighbouring ranks share each kv group, which has so many pieces.
 
     By dynamic programming over groups: the slowest rank is as fast as can be.
     """
@@ -147,9 +171,9 @@ def _ranks_of_groups(groups: int, group: int, weights: Sequence[float]) -> tuple
         if number == groups:
             return (0.0 if left == 0 else math.inf), ()
         options: list[tuple[float, tuple[int, ...]]] = [(math.inf, ())]
-        for ranks in range(1, min(group, left) + 1):
+        for ranks in range(1, min(pieces, left) + 1):
             own = weights[first : first + ranks]
-            slowest = max(c / w for c, w in zip(apportion(group, own), own, strict=True))
+            slowest = max(c / w for c, w in zip(apportion(pieces, own), own, strict=True))
             later, counts = best(number + 1, first + ranks)
             options.append((max(slowest, later), (ranks, *counts)))
         return min(options)
