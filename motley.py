@@ -130,7 +130,7 @@ def _worker(options: argparse.Namespace) -> None:
     if options.group and options.rank != 0:
         _member(options, model, threads, secret.encode())
         return
-    group = _group(options, threads, secret.encode()) if options.group else None
+    group = _group(options, model.name, threads, secret.encode()) if options.group else None
     engine, rates = build(model, _engine_options(options, threads), group)
     config = WorkerConfig(
         name=options.name,
@@ -145,7 +145,7 @@ def _worker(options: argparse.Namespace) -> None:
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
 
 
-def _group(options: argparse.Namespace, threads: int, secret: bytes) -> GroupSpec:
+def _group(options: argparse.Namespace, model: str, threads: int, secret: bytes) -> GroupSpec:
     """The group of which this worker is rank 0."""
     from workers.build import GroupSpec
 
@@ -153,21 +153,23 @@ def _group(options: argparse.Namespace, threads: int, secret: bytes) -> GroupSpe
         listen=options.group_listen,
         ranks=options.ranks,
         weight=options.weight,
-        means=_means(options, threads),
+        means=_means(options, model, threads),
         secret=secret,
         allreduce=options.allreduce,
         sums=options.sums,
     )
 
 
-def _means(options: argparse.Namespace, threads: int) -> Means:
+def _means(options: argparse.Namespace, model: str, threads: int) -> Means:
     from workers.group.part import Means
+    from workers.group.shard_folder import ShardFolder
     from workers.weights.wheel import models_folder
 
+    shards = options.shards or models_folder().parent / "shards"
     return Means(
         threads=threads,
+        shards=ShardFolder(shards, model),
         memory_cap=options.memory_cap,
-        shards=options.shards or models_folder().parent / "shards",
         direct=not options.stream_cached,
     )
 
@@ -178,7 +180,7 @@ def _member(options: argparse.Namespace, model: Model, threads: int, secret: byt
     from workers.group.member import MemberConfig
     from workers.run import run_rank
 
-    means = _means(options, threads)
+    means = _means(options, model.name, threads)
     config = MemberConfig(
         name=options.name,
         leader=options.join[0],

@@ -14,6 +14,7 @@ from scheduler.request import Job, Limits, Prompt, Sampling
 from workers.group.leader import Leader
 from workers.group.part import FastPart, Means
 from workers.group.runner import GroupOptions, GroupRunner
+from workers.group.shard_folder import ShardFolder
 
 WAIT_S = 3600.0  # for the other ranks to have written tens of GB
 
@@ -35,7 +36,10 @@ def main() -> None:
             kv_blocks=blocks,
             max_rows=max(setup["chunk"], setup["batch"]),
             means=Means(
-                setup["threads"], setup["cap"], Path(setup["shards"]), direct=setup["direct"]
+                setup["threads"],
+                ShardFolder(Path(setup["shards"]), setup["name"]),
+                setup["cap"],
+                direct=setup["direct"],
             ),
             weight=1.0,
             box=None,

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import threading
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from workers.group.leader import Leader
 from workers.group.member import MemberConfig, run_member
 from workers.group.part import Means
 from workers.group.runner import GroupOptions, GroupRunner
+from workers.group.shard_folder import ShardFolder
 from workers.kv_receive import KvReceiver
 from workers.kv_send import KvSender, Lease
 from workers.kv_wire import Limits
@@ -191,7 +193,7 @@ class Group:
     """Rank 0's leader, and members that can be ended one by one."""
 
     def __init__(self, shards):
-        self.means = Means(1, shards=shards)
+        self.means = Means(1, ShardFolder(shards, "m"))
         self.leader = Leader("127.0.0.1", 0, SECRET, "m")
         self.stops = {}
         self.threads = []
@@ -204,7 +206,7 @@ class Group:
             secret=SECRET,
             listen_host="127.0.0.1",
             advertise_host="",
-            means=self.means,
+            means=replace(self.means, shards=ShardFolder(self.means.shards.path, "m")),
             weight=weight,
             box=box,
             model="m",

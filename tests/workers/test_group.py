@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,6 +19,8 @@ from workers.fast import FastRunner
 from workers.group.demand import demand_of
 from workers.group.member import run_member
 from workers.group.plan import Box, load_of
+from workers.group.runner import SETTLED_STEPS
+from workers.group.shard_file import Manifest
 from workers.native import NativeRunner
 from workers.runner import CacheLost, Reading, Wishes
 from workers.weights.checkpoint import open_checkpoint
@@ -183,6 +186,28 @@ def test_blocks_are_copied_on_every_rank(make_runner, folder):
 
 
 # ── ranks come and go ───────────────────────────────────────────────────────────────────────────
+
+
+def test_shards_of_earlier_cuts_are_deleted(make_runner, folder, group):
+    group.means = replace(group.means, memory_cap=1 << 40)
+    runner = make_runner(folder, (1, 1), mode="fast", quantize="int8")
+
+    def cuts():
+        manifests = group.means.shards.path.glob("*/manifest.json")
+        shapes = [msgspec.json.decode(path.read_bytes(), type=Manifest).shape for path in manifests]
+        return sorted(shape.ffn for shape in shapes)
+
+    assert cuts() == [96, 96]
+    group.lose("rank-1")
+    with pytest.raises(CacheLost):
+        generate(runner)
+    assert {96, 192} == set(cuts())  # what rank 0 had stays for a while
+    group.threads.pop().join(10)
+    group.join("rank-1", 3.0)
+    group.leader.wait_for(1, 20)
+    with pytest.raises(CacheLost):
+        generate(runner, 2 * SETTLED_STEPS)
+    assert cuts() == [32, 160, 192]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from workers.group.links import accept, dial, listener
 from workers.group.memory import used_bytes
 from workers.group.part import Means
 from workers.group.shard_file import DATA
+from workers.group.shard_folder import ShardFolder
 from workers.group.stream import REQUEST
 from workers.group.words import PROBE, Probe
 
@@ -20,9 +21,9 @@ SECRET = b"a secret"
 
 
 def test_a_rank_knows_its_rate_and_only_under_a_cap_its_disk(tmp_path):
-    free = gauge("a", Means(1, shards=tmp_path))
+    free = gauge("a", Means(1, ShardFolder(tmp_path, "m")))
     used = used_bytes()  # whatever else ran in this process
-    capped = gauge("a", Means(1, memory_cap=10**9, shards=tmp_path))
+    capped = gauge("a", Means(1, ShardFolder(tmp_path, "m"), 10**9))
     assert free.weights_per_s > 1e7
     assert (free.cap, free.disk_bytes_per_s) == (None, 0.0)
     assert capped.cap == 10**9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 
@@ -12,6 +12,7 @@ from scheduler.messages import Address
 from workers.group.links import Link, accept, dial, listener
 from workers.group.partition import partition
 from workers.group.shard_file import DATA, DRAFT, check, write_shard
+from workers.group.shard_folder import ShardFolder
 from workers.group.sharded import Sharded
 from workers.group.travel import ATTEMPTS, Shelf, fetch
 from workers.group.words import GET, OFFER, SHIPMENT, Get, Want
@@ -96,34 +97,40 @@ def server(checkpoint, tmp_path):
     made.close()
 
 
-def test_a_shard_comes_whole_and_only_once(server, shares, tmp_path):
-    folder, manifest = fetch(server.address, SECRET, shares[1], tmp_path)
+@pytest.fixture
+def shards(tmp_path):
+    with closing(ShardFolder(tmp_path / "a rank", "m")) as folder:
+        yield folder
+
+
+def test_a_shard_comes_whole_and_only_once(server, shares, shards):
+    folder, manifest = fetch(server.address, SECRET, shares[1], shards)
     assert manifest == server.made[0]
     assert check(folder, manifest) == []
     assert len(server.asked) == len(manifest.entries)
-    assert fetch(server.address, SECRET, shares[1], tmp_path) == (folder, manifest)
+    assert fetch(server.address, SECRET, shares[1], shards) == (folder, manifest)
     assert len(server.asked) == len(manifest.entries)
 
 
-def test_a_transfer_that_is_cut_off_goes_on_where_it_ended(server, shares, tmp_path):
+def test_a_transfer_that_is_cut_off_goes_on_where_it_ended(server, shares, shards):
     server.budget = 60_000
     with pytest.raises(ConnectionError):
-        fetch(server.address, SECRET, shares[1], tmp_path, pause_s=0.001)
-    (draft,) = tmp_path.glob(f"*/{DRAFT}")
+        fetch(server.address, SECRET, shares[1], shards, pause_s=0.001)
+    (draft,) = shards.path.glob(f"*/{DRAFT}")
     assert not (draft.parent / DATA).exists()
     before = len(server.asked)
     server.budget = 1 << 40
-    folder, manifest = fetch(server.address, SECRET, shares[1], tmp_path)
+    folder, manifest = fetch(server.address, SECRET, shares[1], shards)
     assert check(folder, manifest) == []
     # At each break one weight was on its way; all others were sent once.
     assert 0 < before < len(manifest.entries) + ATTEMPTS
     assert len(server.asked) <= len(manifest.entries) + ATTEMPTS
 
 
-def test_what_another_shard_holds_is_copied_not_sent(server, shares, tmp_path):
-    _, first = fetch(server.address, SECRET, shares[0], tmp_path)
+def test_what_another_shard_holds_is_copied_not_sent(server, shares, shards):
+    _, first = fetch(server.address, SECRET, shares[0], shards)
     server.asked.clear()
-    folder, second = fetch(server.address, SECRET, shares[1], tmp_path)
+    folder, second = fetch(server.address, SECRET, shares[1], shards)
     shared = {entry.sha256 for entry in first.entries}
     new = [entry for entry in second.entries if entry.sha256 not in shared]
     assert len(new) < len(second.entries)  # norms are the same on all ranks
@@ -131,8 +138,8 @@ def test_what_another_shard_holds_is_copied_not_sent(server, shares, tmp_path):
     assert check(folder, second) == []
 
 
-def test_damage_in_what_was_kept_is_found_and_sent_anew(server, shares, tmp_path):
-    folder, manifest = fetch(server.address, SECRET, shares[1], tmp_path)
+def test_damage_in_what_was_kept_is_found_and_sent_anew(server, shares, shards):
+    folder, manifest = fetch(server.address, SECRET, shares[1], shards)
     (folder / "manifest.json").unlink()
     (folder / DATA).rename(folder / DRAFT)
     entry = manifest.entries[4]
@@ -142,15 +149,15 @@ def test_damage_in_what_was_kept_is_found_and_sent_anew(server, shares, tmp_path
         file.seek(entry.offset)
         file.write(bytes([byte ^ 1]))
     server.asked.clear()
-    fetch(server.address, SECRET, shares[1], tmp_path)
+    fetch(server.address, SECRET, shares[1], shards)
     assert server.asked == [Get(entry.offset, entry.size)]
     assert check(folder, manifest) == []
 
 
-def test_a_shard_that_rank_0_cannot_make_is_refused_with_its_reason(server, shares, tmp_path):
+def test_a_shard_that_rank_0_cannot_make_is_refused_with_its_reason(server, shares, shards):
     server.full = True
     with pytest.raises(SetupError, match="cannot give this rank's weights: the disk is full"):
-        fetch(server.address, SECRET, shares[1], tmp_path)
+        fetch(server.address, SECRET, shares[1], shards)
 
 
 def test_bytes_outside_the_shard_are_not_given(server, shares):

@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def gauge(name: str, means: Means) -> Box | None:
         return None
     base = used_bytes() + OPENING
     working_set = min(WORKING_SET, (means.memory_cap or 4 * WORKING_SET) // 4)
-    rate = disk_rate(means.shards, direct=means.direct) if means.memory_cap else 0.0
+    rate = disk_rate(means.shards.path, direct=means.direct) if means.memory_cap else 0.0
     return Box(
         name=name,
         weights_per_s=_rounded(compute_rate(means.threads, working_set)),
@@ -78,9 +79,10 @@ def compute_rate(threads: int, working_set: int) -> float:
 
 def disk_rate(shards: Path, *, direct: bool) -> float:
     """Bytes/s of reading a shard that lies there, or else a file written for it."""
-    found = max(shards.glob(f"*/{DATA}"), key=lambda file: file.stat().st_size, default=None)
-    if found and found.stat().st_size >= REQUEST:
-        return read_rate(found, DISK_BYTES, direct=direct)
+    with suppress(FileNotFoundError):  # deleted just now (shard_folder)
+        found = max(shards.glob(f"*/{DATA}"), key=lambda file: file.stat().st_size, default=None)
+        if found and found.stat().st_size >= REQUEST:
+            return read_rate(found, DISK_BYTES, direct=direct)
     try:
         shards.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=shards, prefix="gauge-") as file:

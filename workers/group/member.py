@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from workers.group.links import Link
     from workers.group.part import Part
     from workers.group.plan import Box
+    from workers.group.shard_folder import ShardFolder
     from workers.group.words import ToRank
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def run_member(config: MemberConfig, stop: threading.Event) -> None:
     Raises SetupError if rank 0 refuses us.
     """
     pause = FIRST_PAUSE_S
-    with listener(config.listen_host, 0) as server:
+    with closing(config.means.shards), listener(config.listen_host, 0) as server:
         while not stop.is_set():
             try:
                 link = dial(config.leader.host, config.leader.port, config.secret, limit_s=0)
@@ -190,7 +192,7 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
         try:
             control.say(Ready(form.epoch))
             logger.info("rank %d of %d", form.rank, len(form.peers))
-            _obey(combine, part, form.hidden)
+            _obey(combine, part, form.hidden, config.means.shards)
         finally:
             mesh.close()  # with it ends the thread
             kv.join()
@@ -199,7 +201,7 @@ def _serve(config: MemberConfig, server: socket.socket, control: Control, form: 
         mesh.close()
 
 
-def _obey(combine: Combine, part: Part, width: int) -> None:
+def _obey(combine: Combine, part: Part, width: int, shards: ShardFolder) -> None:
     """Do what rank 0 says until it says Leave, or a link breaks."""
     leader = combine.mesh.links[0]
     while True:
@@ -212,8 +214,9 @@ def _obey(combine: Combine, part: Part, width: int) -> None:
             part.cache.copy(list(order.pairs))
         elif isinstance(order, Try):
             rehearse(combine.mesh, order)
-        else:
+        else:  # every rank is ready
             combine.use(order.ways)
+            shards.stands()
 
 
 def _compute(leader: Link, part: Part, width: int, order: Run | Logits) -> None:

@@ -13,7 +13,7 @@ from workers.allocator import keep_freed_memory
 from workers.fast_model import FastModel
 from workers.group.memory import step_bytes, used_bytes
 from workers.group.shard import Shard, ShardModel
-from workers.group.shard_file import Manifest, read_manifest, shard_folder, write_shard
+from workers.group.shard_file import Manifest, read_manifest, write_shard
 from workers.group.sharded import cut
 from workers.installed import engine_installed
 from workers.kv_cache import KvCache
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from workers.group.partition import Share
+    from workers.group.shard_folder import ShardFolder
     from workers.kv_cache import KvDtype
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -52,8 +53,8 @@ class Means:
     """What a rank computes it with."""
 
     threads: int
+    shards: ShardFolder  # for ranks with a cap, or without the model
     memory_cap: int | None = None  # bytes of the whole process; None: all weights stay in memory
-    shards: Path = Path()  # the folder of shard files, for ranks with a cap
     direct: bool = True  # read past the page cache
 
 
@@ -161,7 +162,7 @@ def _from_shard(
 def make_shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
     """This share's shard file, written now if it is not there."""
     source = f"{_identity(Path(wanted.path))} {wanted.quantize} {wanted.share}"
-    folder = shard_folder(means.shards, source)
+    folder = means.shards.claim(source)
     if manifest := read_manifest(folder, source):
         return folder, manifest
     logger.info("writing a rank's weights to %s", folder)

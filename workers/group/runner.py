@@ -154,6 +154,7 @@ class GroupRunner:
         self._leader.close()
         self._server.close()
         self._checkpoint.close()
+        self._options.means.shards.close()
 
     def _step(self, slices: Sequence[Slice], wishes: Wishes) -> list[Sampled]:
         layout = lay_out(slices)
@@ -248,6 +249,7 @@ class GroupRunner:
             if ready:
                 self._agree(combine)
                 self._kv.exchange = self._exchange()
+                options.means.shards.stands()
         except BaseException:
             self._mesh.close()
             raise

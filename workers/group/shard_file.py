@@ -119,11 +119,6 @@ def finish(folder: Path, manifest: Manifest) -> None:
     notes.replace(folder / MANIFEST)
 
 
-def shard_folder(shards: Path, source: str) -> Path:
-    """Where the shard of this source lies."""
-    return shards / hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
 def read_manifest(folder: Path, source: str) -> Manifest | None:
     """What lies there, or None if that is not a whole shard of this source and packing."""
     try:

@@ -27,7 +27,6 @@ from workers.group.shard_file import (
     Manifest,
     finish,
     read_manifest,
-    shard_folder,
 )
 from workers.group.words import GET, SHIPMENT, Get, Refuse, Shipment, Want
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from workers.group.links import Link
     from workers.group.partition import Share
     from workers.group.shard_file import Entry
+    from workers.group.shard_folder import ShardFolder
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,13 @@ class Shelf:
 
 
 def fetch(
-    leader: Address, secret: bytes, share: Share, shards: Path, pause_s: float = FIRST_PAUSE_S
+    leader: Address,
+    secret: bytes,
+    share: Share,
+    shards: ShardFolder,
+    pause_s: float = FIRST_PAUSE_S,
 ) -> tuple[Path, Manifest]:
-    """This rank's shard below the folder `shards`, from rank 0 as far as it is not there.
+    """This rank's shard in `shards`, from rank 0 as far as it is not there.
 
     Raises SetupError when it cannot be kept here, ConnectionError or ProtocolError when rank 0 does
     not give it; what has come until then stays for the next time.
@@ -100,17 +104,17 @@ def fetch(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _fetch(link: Link, share: Share, shards: Path) -> tuple[Path, Manifest]:
+def _fetch(link: Link, share: Share, shards: ShardFolder) -> tuple[Path, Manifest]:
     link.say(Want(share))
     word = link.hear(SHIPMENT)
     if isinstance(word, Refuse):
         raise SetupError(f"rank 0 cannot give this rank's weights: {word.reason}")
     manifest = word.manifest
     _check(manifest)
-    folder = shard_folder(shards, manifest.source)
+    folder = shards.claim(manifest.source)
     if read_manifest(folder, manifest.source) is None:
         try:
-            _receive(link, folder, manifest, _known(shards))
+            _receive(link, folder, manifest, _known(shards.path))
         except (ConnectionError, TimeoutError):
             raise
         except OSError as error:
@@ -134,7 +138,6 @@ def _check(manifest: Manifest) -> None:
 
 def _receive(link: Link, folder: Path, manifest: Manifest, known: Known) -> None:
     """Complete the draft, then make it the shard."""
-    folder.mkdir(parents=True, exist_ok=True)
     draft = folder / DRAFT
     begun_before = draft.exists()
     _check_space(folder, manifest.size - (draft.stat().st_blocks * 512 if begun_before else 0))
