@@ -19,6 +19,8 @@ from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
 from scheduler.simulate_command import add_arguments as add_simulate_arguments
 from serving.arguments import EXAMPLES as SERVE_EXAMPLES
 from serving.arguments import add_serve_arguments
+from serving.deploy_arguments import EXAMPLES as DEPLOY_EXAMPLES
+from serving.deploy_arguments import add_deploy_arguments
 from serving.routing_arguments import routing_options
 from workers.arguments import EXAMPLES as WORKER_EXAMPLES
 from workers.arguments import add_engine_arguments, add_worker_arguments
@@ -30,6 +32,8 @@ from workers.profile_command import add_arguments as add_profile_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
+    from scheduler.plan_file import PlanFile
+    from serving.run import LocalWorkers
     from workers.build import EngineOptions, GroupSpec, Model
     from workers.group.part import Means
 
@@ -63,11 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     """Router and workers on this machine."""
-    from serving.console import ready_text
-    from serving.run import LocalWorkers, RouterConfig, run_router, several
-    from serving.secret import cluster_secret
+    from scheduler.plan_file import read_deployable
+    from serving.run import LocalWorkers
     from workers.build import find
-    from workers.run import end_with_input
 
     counts = {role: getattr(options, role) for role in Role}
     wanted = sum(counts.values()) or options.sibling
@@ -76,19 +78,61 @@ def _serve(options: argparse.Namespace) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise SetupError(f"two models are called {twice.pop()!r}: write NAME=MODEL for one of them")
     processes = max(1, len(models) * sum(counts.values()) * options.group_ranks)
+    workers = LocalWorkers(
+        models=tuple((model.name, model.location) for model in models),
+        counts=counts,
+        threads=options.threads or max(1, (os.cpu_count() or 1) // processes),
+        arguments=_passed_on(options),
+        ranks=options.group_ranks,
+        caps=_caps(options, options.group_ranks),
+    )
+    plan = read_deployable("--plan", options.plan) if options.plan else None
+    _router(options, workers, plan)
+
+
+def _deploy(options: argparse.Namespace) -> None:
+    """A plan's router, and its workers on this machine."""
+    from scheduler.plan_file import read_deployable
+    from serving.deploy.planned import commands_elsewhere, located, wanted_here
+    from serving.run import LocalWorkers
+    from workers.build import find
+
+    plan = read_deployable("PLAN.json", options.plan)
+    here = {c.model for c in plan.columns.values() if not options.here or c.gpu in options.here}
+    texts = located(plan, options.models)
+    models = {name: find(text).location for name, text in texts.items() if name in here}
+    wanted = wanted_here(plan, options.here, models)
+    ranks = {each.ranks for each in wanted}
+    processes = max(1, sum(each.replicas * each.ranks for each in wanted))
+    workers = LocalWorkers(
+        models=(),
+        counts={},
+        threads=options.threads or max(1, (os.cpu_count() or 1) // processes),
+        arguments=_passed_on(options),
+        caps=_caps(options, max(ranks, default=1)) if len(ranks) < 2 else (),
+        planned=wanted,
+    )
+    elsewhere = commands_elsewhere(plan, options.here, options.cluster)
+    if elsewhere and not options.cluster.port:
+        raise SetupError("--cluster HOST:PORT: say where the plan's other workers join this router")
+    print(*elsewhere, sep="\n", flush=True)
+    _router(options, workers, plan)
+
+
+def _router(options: argparse.Namespace, workers: LocalWorkers, plan: PlanFile | None) -> None:
+    """Serve until told to stop."""
+    from serving.console import ready_text
+    from serving.run import RouterConfig, run_router, several
+    from serving.secret import cluster_secret
+    from workers.run import end_with_input
+
     config = RouterConfig(
         http=Address(options.host, options.port),
         cluster=options.cluster,
         secret=cluster_secret(create=True),
-        workers=LocalWorkers(
-            models=tuple((model.name, model.location) for model in models),
-            counts=counts,
-            threads=options.threads or max(1, (os.cpu_count() or 1) // processes),
-            arguments=_passed_on(options),
-            ranks=options.group_ranks,
-            caps=_caps(options),
-        ),
-        routing=routing_options(options),
+        workers=workers,
+        routing=routing_options(options, plan),
+        plan=plan,
         drain_s=options.drain_s,
         sibling=options.sibling,
     )
@@ -103,15 +147,14 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
-def _caps(options: argparse.Namespace) -> tuple[int, ...]:
+def _caps(options: argparse.Namespace, ranks: int) -> tuple[int, ...]:
     """The memory cap of each rank; none at all where there is no cap."""
     caps: tuple[int, ...] = options.memory_cap
-    if len(caps) not in (0, 1, options.group_ranks):
+    if len(caps) not in (0, 1, ranks):
         raise SetupError(
-            f"--memory-cap has {len(caps)} sizes for {options.group_ranks} ranks: one for all, or "
-            "one each"
+            f"--memory-cap has {len(caps)} sizes for {ranks} ranks: one for all, or one each"
         )
-    return caps * options.group_ranks if len(caps) == 1 else caps
+    return caps * ranks if len(caps) == 1 else caps
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -141,6 +184,7 @@ def _worker(options: argparse.Namespace) -> None:
         listen_host=options.listen,
         advertise_host=options.advertise,
         kv_codecs=options.kv_codecs,
+        kind=options.kind,
     )
     _run(lambda stop: run_worker(WorkerService(config, engine, rates), stop, child=options.child))
 
@@ -291,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     serve = _command(commands, "serve", _serve, SERVE_EXAMPLES)
     add_serve_arguments(serve)
     add_engine_arguments(serve)
+    deploy = _command(commands, "deploy", _deploy, DEPLOY_EXAMPLES)
+    add_deploy_arguments(deploy)
+    add_engine_arguments(deploy)
     add_worker_arguments(_command(commands, "worker", _worker, WORKER_EXAMPLES))
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
     add_profile_arguments(_command(commands, "profile", _profile, PROFILE_EXAMPLES))

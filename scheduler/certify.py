@@ -146,7 +146,7 @@ class Certifier:
     ) -> dict[str, dict[str, list[Shares]]]:
         """By model and process, a run for each seed."""
         run = simulate_coarse if coarse else simulate
-        workers = plan_workers(self.service, self.built, plan.replicas)
+        workers = plan_workers(self.service, self.built, plan)
         return {
             demand.name: {
                 process: [

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scheduler.cost import CostModel
     from scheduler.links import Link
     from scheduler.messages import Address, Load
+    from scheduler.shares import Allowance
 
 Rank = tuple[int, int]  # (priority, share): a lower one is served first
 
@@ -48,7 +49,7 @@ class Worker:
     step_tokens: int = STEP_TOKENS  # most in one step
     places: int = 1 << 30  # sequences that run at once
     overlaps: bool = False  # its KV cache moves while the prompt is still computed
-    price: float = 0.0  # of a second, by the plan's weights; 0: there is no plan
+    allowance: Allowance | None = None  # of all of its kind, by the plan; None: there is no plan
     draining: bool = False
     others_running: int = 0  # sequences that other routers have here, by its last report
     others_queued: int = 0  # tokens of their prompts that are not computed
@@ -98,6 +99,10 @@ class Worker:
         assumed = min(self.cost.link_bytes_s, other.cost.link_bytes_s)
         link = self.links.get(other.name)
         return link.rate(assumed, max(self.moving, other.moving), now) if link else assumed
+
+    def price(self, tokens: int, now: float) -> float:
+        """Of a second, to a prompt of so many tokens, by the plan; 0 without one."""
+        return self.allowance.price(tokens, now) if self.allowance else 0.0
 
     @property
     def token_s(self) -> float:

@@ -105,6 +105,7 @@ class Join(Wire, frozen=True):
     rates: Rates
     pid: int
     numbers: str = ""  # mode, weights and KV cache: equal within a model; unknown of older workers
+    kind: str = ""  # the plan's column that it is a replica of
 
 
 class Load(Wire, frozen=True):

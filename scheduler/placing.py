@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from scheduler.affinity import Chain, Prefixes
 from scheduler.forecast import Forecast
 from scheduler.links import Link
+from scheduler.messages import Role
 from scheduler.routing import choose
 
 if TYPE_CHECKING:
@@ -165,6 +166,11 @@ class Placer:
     def _load(self, placement: Placement, now: float) -> None:
         demand, prefill, decode = placement.demand, placement.prefill, placement.decode
         prefill.enqueue(demand.rank, placement.tokens, placement.attended, now)
+        for end in (prefill, decode):
+            if end.allowance:
+                # A mixed worker's share is of whole requests, another's of its phase.
+                half = prefill is decode or end.role is Role.MIXED
+                end.allowance.take(demand.prompt_tokens, 0.5 if half else 1.0, now)
         for worker in {prefill, decode}:
             worker.outstanding += demand.choices
             self.prefixes.add(placement.chain, worker)

@@ -15,7 +15,7 @@ import msgspec
 from scheduler import goodput_command
 from scheduler.answer import write_answer
 from scheduler.errors import SetupError
-from scheduler.simulate_command import read_replicas
+from scheduler.plan_file import PlanBucket, read_plan
 
 if TYPE_CHECKING:
     import argparse
@@ -109,13 +109,13 @@ def _service(options: argparse.Namespace) -> None:
     from scheduler.service_file import read_service
 
     service = read_service(options.service)
-    previous = read_replicas("--previous", options.previous) if options.previous else {}
+    previous = read_plan("--previous", options.previous).replicas if options.previous else {}
     built = build(service, previous)
     built = built._replace(options=_asked(options, built.options))
     with quiet():
         first = make_plan(built.problem, built.options, time.perf_counter)
         plan, certificate = _certified(service, built, first) if options.certify else (first, None)
-    answer = msgspec.to_builtins(plan) | _details(built, plan, certificate)
+    answer = msgspec.to_builtins(plan) | _details(service, built, plan, certificate)
     shown = list(plan_tables(built.problem, plan, built.facts))
     if certificate:
         shown += certificate_lines(certificate)
@@ -144,8 +144,10 @@ def _asked(options: argparse.Namespace, base: Any) -> Any:
     return msgspec.structs.replace(base, **given)
 
 
-def _details(built: Built, plan: Plan, certificate: Certificate | None) -> dict[str, Any]:
-    """What a deployer must know of each column, and where its numbers come from."""
+def _details(
+    service: Service, built: Built, plan: Plan, certificate: Certificate | None
+) -> dict[str, Any]:
+    """What `plan_file.PlanFile` knows beside the plan, and where its numbers come from."""
     used = [column for column in built.problem.columns if column.name in plan.replicas]
     fields = ("model", "gpu", "gpus", "role", "market", "region", "price")
     columns = {
@@ -154,7 +156,17 @@ def _details(built: Built, plan: Plan, certificate: Certificate | None) -> dict[
         | {"price": column.price, "price_provenance": built.facts[column.name].price}
         for column in used
     }
-    details = {"certified": bool(certificate and certificate.certified), "columns": columns}
+    buckets = [
+        PlanBucket(bucket.name, demand.name, *bucket.size, bucket.rate)
+        for demand in service.demands
+        for bucket in demand.workload.buckets
+    ]
+    details = {
+        "certified": bool(certificate and certificate.certified),
+        "columns": columns,
+        "buckets": msgspec.to_builtins(buckets),
+        "slo": {demand.name: msgspec.to_builtins(demand.slo) for demand in service.demands},
+    }
     return details | ({"certificate": msgspec.to_builtins(certificate)} if certificate else {})
 
 

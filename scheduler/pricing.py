@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scheduler.cost import context_sum
 from scheduler.messages import Role
 from scheduler.predict import LINK_WORK, SAFETY, handed_tpot_s, harm, hidden_s, lateness
+from scheduler.shares import MOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -106,7 +107,7 @@ class Pricer:
             wait + worker.prompt_s(tokens, attended),
             wait,
             cost.token * tokens + attention,
-            worker.price * (tokens * worker.token_s + attention),
+            self._price(worker) * (tokens * worker.token_s + attention),
         )
 
     def decoded(self, worker: Worker) -> Decoded:
@@ -119,7 +120,7 @@ class Pricer:
             tpot,
             worker.room_s(self._need, choices, tpot) + worker.stalled_s(self._now),
             worker.slack_s(tpot, self._now),
-            worker.price * self._tokens * (cost.sequence + cost.context * self._length),
+            self._price(worker) * self._tokens * (cost.sequence + cost.context * self._length),
         )
 
     # The queue of prompts goes by while there comes room: of the two waits the longer counts.
@@ -148,7 +149,10 @@ class Pricer:
             exposed = hidden_s(exposed, moving, prompt.ttft - prompt.wait)
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         ttft, tpot = prompt.ttft + room, handed_tpot_s(output.tpot, exposed, self._each)
-        cost = prompt.cost + output.cost + LINK_WORK * moving * (prefill.price + decode.price)
+        link = LINK_WORK * moving * (self._price(prefill) + self._price(decode))
+        cost = prompt.cost + output.cost + link
+        if Role.MIXED in (prefill.role, decode.role):
+            cost *= MOST  # no plan has such a route
         late = self._late(ttft, tpot) + _harm(output, 0.0)
         others = prompt.stall * prefill.running
         return Price(late, cost, ttft, tpot, prompt.wait + room, others, prefill, decode)
@@ -170,6 +174,9 @@ class Pricer:
         if price.late <= 0 or queue > 0:
             return queue
         return price.decode.residual_s(price.tpot) / max(price.decode.running, 1)
+
+    def _price(self, worker: Worker) -> float:
+        return worker.price(self._demand.prompt_tokens, self._now)
 
     def _late(self, ttft: float, tpot: float) -> float:
         return lateness(ttft, self._demand.ttft_s) + lateness(tpot, self._demand.tpot_s)

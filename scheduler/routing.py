@@ -18,6 +18,7 @@ from scheduler.messages import Role
 from scheduler.predict import SAFETY
 from scheduler.pricing import Pricer
 from scheduler.request import FIRST_COME, Turn
+from scheduler.shares import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,7 +141,7 @@ def _best(ends: list[End], key: Callable[[End], float]) -> list[End]:
 
 def _in_time(price: Price) -> tuple[float | str, ...]:
     ends = price.prefill.name, price.decode.name
-    return price.late, price.cost, price.wait, price.others, price.tpot, *ends
+    return price.late, rounded(price.cost), price.wait, price.others, price.tpot, *ends
 
 
 def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from scheduler.answer import write_answer
 from scheduler.errors import SetupError
 
@@ -115,6 +113,7 @@ def _of_workers(options: argparse.Namespace) -> Case:
 
 
 def _of_service(options: argparse.Namespace) -> list[Case]:
+    from scheduler.plan_file import read_plan
     from scheduler.planner_columns import build
     from scheduler.service_file import read_service
     from scheduler.simulate_plan import plan_workers
@@ -123,22 +122,13 @@ def _of_service(options: argparse.Namespace) -> list[Case]:
     if not options.plan:
         raise SetupError("--plan PLAN.json: what `motley plan --output` wrote")
     service = read_service(options.service)
-    workers = plan_workers(service, build(service), read_replicas("--plan", options.plan))
+    workers = plan_workers(service, build(service), read_plan("--plan", options.plan))
     cases = []
     for demand in service.demands:
         sizes = read_trace(options.trace) if options.trace else demand.workload.sizes
         rate = options.rate or demand.workload.rate
         cases.append(Case(demand.name, workers[demand.name], demand.slo, sizes, rate))
     return cases
-
-
-def read_replicas(option: str, path: Path) -> dict[str, int]:
-    """How many of each column a plan file holds. Raises SetupError naming option and file."""
-    try:
-        plan = msgspec.json.decode(path.read_bytes())
-        return msgspec.convert(plan["replicas"], dict[str, int])
-    except (OSError, KeyError, TypeError, msgspec.MsgspecError) as error:
-        raise SetupError(f"{option} {path}: no plan: {error}") from None
 
 
 def _answer(case: Case, options: argparse.Namespace) -> Answer:

@@ -16,27 +16,35 @@ from scheduler.measured import read_worker_profile
 from scheduler.messages import Rates, Role
 from scheduler.planner_columns import step_profile
 from scheduler.profiles import Bounds
+from scheduler.shares import PlannedBucket, planned
 from scheduler.simulate_spec import WorkerSpec
-
-NATIVE = Bounds(STEP_TOKENS, 64, 16384)  # the native engine's defaults
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from scheduler.plan import Plan
+    from scheduler.plan_file import PlanFile
     from scheduler.planner_columns import Built
     from scheduler.service_file import Service
 
+NATIVE = Bounds(STEP_TOKENS, 64, 16384)  # the native engine's defaults
+
 
 def plan_workers(
-    service: Service, built: Built, replicas: dict[str, int]
+    service: Service, built: Built, plan: Plan | PlanFile
 ) -> dict[str, list[WorkerSpec]]:
     """By model of the service. Raises SetupError for a plan of another service."""
     columns = {column.name: column for column in built.problem.columns}
     demands = {demand.name: demand for demand in service.demands}
     found: dict[str, list[WorkerSpec]] = {demand.name: [] for demand in service.demands}
-    for name, count in replicas.items():
-        if name not in columns:
-            raise SetupError(f"replicas.{name}: the service has no such column; plan it anew")
+    if unknown := [name for name in plan.replicas if name not in columns]:
+        raise SetupError(f"replicas.{unknown[0]}: the service has no such column; plan it anew")
+    due = planned(
+        planned_buckets(service),
+        plan.routing,
+        {name: (column.model, column.price) for name, column in columns.items()},
+    )
+    for name, count in plan.replicas.items():
         column = columns[name]
         demand = demands[column.model]
         gpu = service.catalogue.gpus[column.gpu]
@@ -56,10 +64,19 @@ def plan_workers(
                 kind=name,
                 max_step_tokens=bounds.step_tokens,
                 max_sequences=bounds.sequences,
+                plan=due[name],
             )
             for number in range(count)
         ]
     return found
+
+
+def planned_buckets(service: Service) -> list[PlannedBucket]:
+    return [
+        PlannedBucket(bucket.name, demand.name, bucket.size[0], bucket.rate)
+        for demand in service.demands
+        for bucket in demand.workload.buckets
+    ]
 
 
 class _Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -20,6 +20,7 @@ from scheduler.messages import Address, Peer
 from scheduler.placing import Placement, Placer
 from scheduler.pricing import Demand
 from scheduler.routing import Route, priced
+from scheduler.shares import Allowance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,8 +83,9 @@ class Router:
 
     def __post_init__(self) -> None:
         fleet = Heard(self._hear)
+        plans = {spec.kind: Allowance(spec.plan) for spec in self.workers if spec.plan}
         for spec in self.workers:
-            fleet.add(_worker(spec, self.overlap))
+            fleet.add(_worker(spec, self.overlap, plans.get(spec.kind)))
         self.placer = Placer(fleet, np.random.default_rng(0).random, self.policy)
         self._numbers = {spec.name: number for number, spec in enumerate(self.workers)}
         self._placed = {}
@@ -142,7 +144,7 @@ class Router:
                 placed.told = tokens
 
 
-def _worker(spec: WorkerSpec, overlap: bool) -> Worker:
+def _worker(spec: WorkerSpec, overlap: bool, allowance: Allowance | None) -> Worker:
     return Worker(
         name=spec.name,
         role=spec.role,
@@ -151,7 +153,7 @@ def _worker(spec: WorkerSpec, overlap: bool) -> Worker:
         kv_tokens=spec.kv_tokens,
         step_tokens=spec.max_step_tokens,
         places=spec.max_sequences,
-        price=spec.price,
+        allowance=allowance,
         overlaps=overlap,
     )
 

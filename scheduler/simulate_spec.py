@@ -12,6 +12,7 @@ from scheduler.cost import STEP_TOKENS, CostModel, check
 from scheduler.errors import SetupError
 from scheduler.messages import Role
 from scheduler.models import BLOCK_TOKENS
+from scheduler.shares import Planned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,12 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_sequences: int = 64
     itl_bound_s: float | None = None
     believed: CostModel | None = None
-    price: float = 0.0  # of a second, to routing; 0: there is no plan
+    plan: Planned | None = None  # what it is there for, to routing; None: there is no plan
+
+    @property
+    def price(self) -> float:
+        """Of a second; 0 without a plan."""
+        return self.plan.price if self.plan else 0.0
 
 
 class Timing(msgspec.Struct, frozen=True):

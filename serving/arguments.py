@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from scheduler.argument_types import address, count, port, positive, sizes
 from scheduler.messages import Address
@@ -28,9 +29,15 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prefill", type=count, default=1, metavar="N", help="default 1")
     command.add_argument("--decode", type=count, default=1, metavar="N", help="default 1")
     command.add_argument("--mixed", type=count, default=0, metavar="N", help="default 0")
-    command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
     command.add_argument(
-        "--port", type=port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
+        "--plan", type=Path, metavar="PLAN.json", help="route by its prices, shares and limits"
+    )
+    command.add_argument(
+        "--group-ranks",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="make each worker a group of N processes that share its model (default 1)",
     )
     command.add_argument(
         "--routers",
@@ -41,6 +48,15 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
         " cluster port and the N-1 after it (default 1)",
     )
     command.add_argument("--sibling", action="store_true", help=argparse.SUPPRESS)
+    add_router_arguments(command)
+
+
+def add_router_arguments(command: argparse.ArgumentParser) -> None:
+    """What `motley serve` and `motley deploy` have in common beside the workers' engines."""
+    command.add_argument("--host", default="127.0.0.1", help="HTTP address (default 127.0.0.1)")
+    command.add_argument(
+        "--port", type=port, default=HTTP_PORT, help=f"HTTP port (default {HTTP_PORT})"
+    )
     command.add_argument(
         "--drain-s",
         type=count,
@@ -54,13 +70,6 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
         default=Address("127.0.0.1", 0),
         metavar="HOST:PORT",
         help=f"where workers join, e.g. 0.0.0.0:{CLUSTER_PORT} (default: this machine only)",
-    )
-    command.add_argument(
-        "--group-ranks",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="make each worker a group of N processes that share its model (default 1)",
     )
     command.add_argument(
         "--memory-cap",

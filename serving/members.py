@@ -29,7 +29,9 @@ from scheduler.suspicion import LOOK_S, STUCK_S, STUCK_STEPS, Progress, Suspicio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from scheduler.shares import Allowance
     from scheduler.transport import Connection
+    from serving.live_plan import LivePlan
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,16 @@ class Member:
 class Members:
     """The workers that are here now. `on_message` and `on_lost` are told what happens."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, plan: LivePlan | None = None
+    ) -> None:
         self.on_message: Callable[[str, Wire], None] = lambda worker, message: None
         self.on_lost: Callable[[str], None] = lambda worker: None
         self.lost = 0
         self.revision = 0  # grows whenever a worker comes or goes
         self.router = secrets.token_hex(4)  # this router's id: several may share their workers
         self.clock = clock
+        self._plan = plan
         self._members: dict[str, Member] = {}
         self._records: dict[str, Record] = {}
         self._fleets: dict[str, Fleet] = {}
@@ -145,7 +150,9 @@ class Members:
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
         connection.hears(ToRouter)
         record = self._recall(join)
-        member = Member(join, _worker(join, record), connection, since=time.time(), record=record)
+        allowance = self._plan.allowance(join) if self._plan else None
+        worker = _worker(join, record, allowance)
+        member = Member(join, worker, connection, since=time.time(), record=record)
         helpers = [asyncio.create_task(self._write(member))]
         try:
             await connection.send(Joined(HEARTBEAT_S, self.router))
@@ -276,7 +283,7 @@ class Members:
         return address
 
 
-def _worker(join: Join, record: Record) -> Worker:
+def _worker(join: Join, record: Record, allowance: Allowance | None) -> Worker:
     """It is unsound while it keeps failing, or is suspiciously silent."""
     return Worker(
         name=join.name,
@@ -285,6 +292,7 @@ def _worker(join: Join, record: Record) -> Worker:
         cost=cost.of_rates(join.rates),
         kv_tokens=join.kv_blocks * BLOCK_TOKENS,
         overlaps=True,
+        allowance=allowance,
         sound=lambda now: record.breaker.allows(now) and not record.suspicion.doubtful,
     )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from scheduler.policies import POLICIES
 from serving.placing import RoutingOptions
+
+if TYPE_CHECKING:
+    from scheduler.plan_file import PlanFile
 
 
 def add_routing_arguments(command: argparse.ArgumentParser) -> None:
@@ -32,13 +36,14 @@ def add_routing_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def routing_options(options: argparse.Namespace) -> RoutingOptions:
-    """From what was parsed."""
+def routing_options(options: argparse.Namespace, plan: PlanFile | None = None) -> RoutingOptions:
+    """From what was parsed; limits that are not given are the plan's."""
+    slos = plan.slo if plan else {}
     return RoutingOptions(
         policy=options.policy,
         local=options.on_no_prefill == "local",
-        ttft_s=dict(options.slo_ttft_ms),
-        tpot_s=dict(options.slo_tpot_ms),
+        ttft_s={m: slo.ttft_ms / 1e3 for m, slo in slos.items()} | dict(options.slo_ttft_ms),
+        tpot_s={m: slo.tpot_ms / 1e3 for m, slo in slos.items()} | dict(options.slo_tpot_ms),
     )
 
 

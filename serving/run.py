@@ -15,17 +15,20 @@ from scheduler.transport import listen
 from serving.app import build_app, serve
 from serving.cluster_metrics import ClusterCollector
 from serving.deploy.local import LocalDeployment, WorkerSpec
+from serving.deploy.planned import Wanted
 from serving.gateway import Gateway
+from serving.live_plan import LivePlan
 from serving.members import Members
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
 from serving.placing import RoutingOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
     from typing import Any
 
     from scheduler.messages import Join, Role
+    from scheduler.plan_file import PlanFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,10 @@ GC_AFTER = 20_000  # more objects made than dropped: the router's garbage is sel
 
 @dataclass(frozen=True, slots=True)
 class LocalWorkers:
-    """The workers to start beside the router: so many of each role for each (name, location)."""
+    """The workers to start beside the router: so many of each role for each (name, location).
+
+    And those of a plan, `planned`.
+    """
 
     models: tuple[tuple[str, str], ...]
     counts: dict[Role, int]
@@ -42,6 +48,19 @@ class LocalWorkers:
     arguments: tuple[str, ...]  # further ones of `motley worker`
     ranks: int = 1  # processes that together are one worker
     caps: tuple[int, ...] = ()  # bytes of memory of each rank; empty: no cap
+    planned: tuple[Wanted, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the models."""
+        return frozenset(wanted.model[0] for wanted in self._wanted())
+
+    def _wanted(self) -> Iterator[Wanted]:
+        yield from self.planned
+        for model in self.models:
+            prefix = f"{model[0]}-" if len(self.models) > 1 else ""
+            for role, count in self.counts.items():
+                yield Wanted(f"{prefix}{role}", model, role, count, ranks=self.ranks)
 
     def specs(self, cluster: Address, others: Sequence[Address] = ()) -> list[WorkerSpec]:
         """One spec a process; `cluster` and `others` are where the routers listen for workers."""
@@ -50,29 +69,30 @@ class LocalWorkers:
         common = ("--child", "--threads", str(self.threads), *self.arguments)
         join = ("--join", routers, "--listen", cluster.host)
         specs: list[WorkerSpec] = []
-        for model, location in self.models:
-            prefix = f"{model}-" if len(self.models) > 1 else ""
-            for role, count in self.counts.items():
-                for number in range(count):
-                    name = f"{prefix}{role}-{number}"
-                    own = (f"{model}={location}", *common)
-                    first, ranks = self._ranks(name, own)
-                    arguments = ("--role", role, "--name", name, *join, *first)
-                    specs += [WorkerSpec(name, (*own, *arguments)), *ranks]
+        for wanted in self._wanted():
+            own = ("=".join(wanted.model), *common)
+            kind = ("--kind", wanted.kind) if wanted.kind else ()
+            for number in range(wanted.replicas):
+                name = f"{wanted.name}-{number}"
+                first, ranks = self._ranks(name, own, wanted.ranks)
+                arguments = ("--role", wanted.role, "--name", name, *kind, *join, *first)
+                specs += [WorkerSpec(name, (*own, *arguments)), *ranks]
         return specs
 
-    def _ranks(self, name: str, own: tuple[str, ...]) -> tuple[tuple[str, ...], list[WorkerSpec]]:
+    def _ranks(
+        self, name: str, own: tuple[str, ...], count: int
+    ) -> tuple[tuple[str, ...], list[WorkerSpec]]:
         """What a group's first rank is told beside what every worker is, and its other ranks."""
-        if self.ranks == 1 and not self.caps:
+        if count == 1 and not self.caps:
             return (), []
         address = f"127.0.0.1:{_free_port()}"
         # Processes of one machine that may hold as much are alike: there is nothing to measure.
         weight = () if len(set(self.caps)) > 1 else ("--weight", "1")
         caps = [("--memory-cap", f"{cap / 1e6}MB") for cap in self.caps]
-        first = ("--rank", "0", "--ranks", str(self.ranks), "--group-listen", address)
+        first = ("--rank", "0", "--ranks", str(count), "--group-listen", address)
         join = ("--listen", "127.0.0.1", "--join", address, "--group", name)
         others: list[WorkerSpec] = []
-        for number in range(1, self.ranks):
+        for number in range(1, count):
             rank, cap = f"{name}-rank-{number}", caps[number] if caps else ()
             others.append(
                 WorkerSpec(rank, (*own, "--name", rank, *join, *weight, *cap), joins=False)
@@ -89,6 +109,7 @@ class RouterConfig:
     secret: str
     workers: LocalWorkers
     routing: RoutingOptions = field(default_factory=RoutingOptions)
+    plan: PlanFile | None = None  # whose prices and shares routing carries out
     drain_s: float = 30.0  # what requests in flight have at the end
     others: tuple[Address, ...] = ()  # where workers join the other routers of this port
     siblings: tuple[WorkerSpec, ...] = ()  # these routers, if this process starts them
@@ -106,8 +127,8 @@ async def run_router(
     last the port where they joined. `on_ready` is told the HTTP address and who serves, once, when
     every local worker has joined. Raises SetupError if a port is taken or a worker cannot start.
     """
-    members, metrics = Members(), Metrics()
-    models = frozenset(name for name, _ in config.workers.models)
+    members = Members(plan=LivePlan(config.plan) if config.plan else None)
+    metrics, models = Metrics(), config.workers.names
     gateway = Gateway(members, models, config.routing)
     metrics.registry.register(ClusterCollector(members, gateway))
     secret = config.secret.encode()

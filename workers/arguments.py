@@ -31,6 +31,9 @@ def add_worker_arguments(command: argparse.ArgumentParser) -> None:
         help="its routers; each of several sees what the others send here",
     )
     command.add_argument("--role", choices=[str(role) for role in Role], default="mixed")
+    command.add_argument(
+        "--kind", default="", metavar="COLUMN", help="of the router's plan, where it has several"
+    )
     command.add_argument("--name", default=f"{os.uname().nodename}-{secrets.token_hex(3)}")
     command.add_argument("--listen", default="0.0.0.0", help="address for other workers' KV caches")
     command.add_argument("--advertise", metavar="HOST", help="how other workers reach this one")

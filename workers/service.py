@@ -70,6 +70,7 @@ class WorkerConfig:
     listen_host: str  # where other workers push KV to
     advertise_host: str | None = None  # how they reach it; None: as the router sees us
     kv_codecs: tuple[str, ...] = ("raw",)  # that KV may travel in, best quality first
+    kind: str = ""  # the plan's column that it is a replica of
 
 
 class WorkerService:
@@ -140,6 +141,7 @@ class WorkerService:
             rates=self._rates,
             pid=os.getpid(),
             numbers=f"{runner.numbers}, {runner.cache.dtype} KV",
+            kind=config.kind,
         )
 
     def load(self, membership: Membership) -> Load:

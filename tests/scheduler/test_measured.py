@@ -16,6 +16,7 @@ from scheduler.errors import SetupError
 from scheduler.hardware import Model
 from scheduler.measured import Point, Worker, read_worker_profile, summarise
 from scheduler.messages import Role
+from scheduler.plan_file import PlanFile
 from scheduler.planner_columns import build
 from scheduler.service_file import parse_service
 from scheduler.simulate_plan import plan_workers, read_workers
@@ -103,7 +104,8 @@ def test_a_service_is_planned_from_it(file):
     assert "11 kinds of step measured on 1 of 2 cores of a CPU, fast mode, 2026-11-21" in (
         facts.source
     )
-    (worker,) = plan_workers(service, built, {"little mixed CPU-2 x1": 1})["little"]
+    plan = PlanFile(replicas={"little mixed CPU-2 x1": 1})
+    (worker,) = plan_workers(service, built, plan)["little"]
     assert worker.cost.coefficients == pytest.approx(TRUE.coefficients, rel=1e-6)
     assert (worker.kv_tokens, worker.max_step_tokens, worker.max_sequences) == (4000, 512, 16)
 

@@ -14,16 +14,23 @@ from scheduler.messages import Address, Role
 from scheduler.policies import POLICIES, threshold
 from scheduler.pricing import Demand
 from scheduler.routing import MAX_WAIT_S, choose, priced
+from scheduler.shares import Allowance, Planned
 
 # A full step of 512 prompt tokens takes 0.512 s, a lone decode 0.011 s.
 # The KV cache of 100 tokens takes 0.01 s from one worker to another.
 FAST = CostModel(0.0, 0.001, 0.0, 0.011, 0.0, "measured", 1e4, 1e8)
 SLOW = FAST.slower(10)
 NOW = 100.0
+SIZES = len(Planned(1.0).rates)
 
 
-def worker(name: str, role: Role, cost: CostModel = FAST, *, queue: int = 0, **load) -> Worker:
-    made = Worker(name, role, Address(f"host-{name}", 1), cost, **load)
+def worker(
+    name: str, role: Role, cost: CostModel = FAST, *, queue: int = 0, price: float = 0.0, **load
+) -> Worker:
+    """With a `price` it is in a plan, which lets it have any number of requests."""
+    allowance = Allowance(Planned(price, (1e9,) * SIZES)) if price else None
+    address = Address(f"host-{name}", 1)
+    made = Worker(name, role, address, cost, allowance=allowance, **load)
     if queue:
         made.enqueue((0, 0), queue, context_sum(0, queue), NOW)
     return made
@@ -133,9 +140,9 @@ def test_without_limits_the_soonest_done_wins(workers, route):
     assert chosen(workers) == route
 
 
-def busy(name: str, role: Role, cost: CostModel = FAST, *, slack: float, running: int = 1):
+def busy(name: str, role: Role, cost: CostModel = FAST, *, slack: float, running: int = 1, **load):
     """Decodes so many choices whose limits leave them this slack, each, at today's pace."""
-    made = worker(name, role, cost, running=running, limited=running)
+    made = worker(name, role, cost, running=running, limited=running, **load)
     made.started, made.limited_left, made.left = NOW * running, 10.0 * running, 10.0 * running
     pace = made.tpot_s(1, 0.0, NOW)
     made.allowed = running * (slack + 10.0 * pace)
@@ -157,12 +164,16 @@ WITH_LIMITS = {
         ("n",),
     ),
     "who runs there has no slack for this prompt: it is computed elsewhere": (
-        [busy("d", D, slack=0.1), worker("m", M, FAST.slower(2), price=1e6)],
-        ("m", "d"),
+        [busy("d", D, slack=0.1, price=1.0), worker("p", P, FAST.slower(2), price=1e6)],
+        ("p", "d"),
     ),
     "who runs there has slack enough": (
-        [busy("d", D, slack=0.5), worker("m", M, FAST.slower(2), price=1e6)],
+        [busy("d", D, slack=0.5, price=1.0), worker("p", P, FAST.slower(2), price=1e6)],
         ("d",),
+    ),
+    "no plan hands over from a mixed worker": (
+        [busy("d", D, slack=0.1, price=1.0), worker("m", M, FAST.slower(2), price=1e3)],
+        ("m",),
     ),
     "on a prefill worker, if there is one": ([busy("d", D, slack=0.1), worker("p", P)], ("p", "d")),
 }

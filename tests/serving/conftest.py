@@ -52,8 +52,8 @@ class Worker:
 class Cluster:
     """The router's side, and workers that come and go."""
 
-    def __init__(self, make_engine, until, clock, routing) -> None:
-        self.members = Members(clock)
+    def __init__(self, make_engine, until, clock, routing, plan) -> None:
+        self.members = Members(clock, plan)
         self.gateway = Gateway(self.members, frozenset({"fake"}), routing)
         self.workers: dict[str, Worker] = {}
         self.port = 0
@@ -62,13 +62,21 @@ class Cluster:
         self._until = until
 
     def start(
-        self, name: str, role: Role, *, model="fake", secret=SECRET, fingerprint=None, **engine
+        self,
+        name: str,
+        role: Role,
+        *,
+        model="fake",
+        secret=SECRET,
+        fingerprint=None,
+        kind="",
+        **engine,
     ) -> Worker:
         """A worker that joins by itself; `joined` waits for it."""
         made = self._make_engine(**engine)
         made.text.fingerprint = fingerprint or made.text.fingerprint
         routers = (Address("127.0.0.1", self.port), *self.also)
-        config = WorkerConfig(name, model, role, routers, secret, "127.0.0.1")
+        config = WorkerConfig(name, model, role, routers, secret, "127.0.0.1", kind=kind)
         service = WorkerService(config, made, Rates(1e6, 1e-4))
         self.workers[name] = Worker(service, made, asyncio.create_task(service.run()))
         return self.workers[name]
@@ -134,9 +142,16 @@ def cluster(make_engine, until):
     roles = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
     @asynccontextmanager
-    async def start(*names: str, clock=time.monotonic, policy="least-load", routing=None, **engine):
+    async def start(
+        *names: str,
+        clock=time.monotonic,
+        policy="least-load",
+        routing=None,
+        live_plan=None,
+        **engine,
+    ):
         tasks, descriptors = len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
-        it = Cluster(make_engine, until, clock, routing or RoutingOptions(policy))
+        it = Cluster(make_engine, until, clock, routing or RoutingOptions(policy), live_plan)
         async with listen("127.0.0.1", 0, SECRET, it.members.serve) as (_, it.port):
             try:
                 for name in names:
