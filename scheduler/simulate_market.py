@@ -19,6 +19,7 @@ from scheduler.forecast import Forecast
 from scheduler.messages import Role
 from scheduler.predict import LINK_WORK, MIXING_S, SAFETY, harm, lateness
 from scheduler.routing import MAX_WAIT_S, PAIRED
+from scheduler.shares import MOST, Allowance, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -51,21 +52,27 @@ class Kind:
 
     spec: WorkerSpec
     token_s: float  # of a prompt, in a full step
+    allowance: Allowance | None  # by the plan
+    price: float = 0.0  # of a second
     request: Request | None = None
     attention: float = 0.0
     stall: float = 0.0
     prompt_cost: float = 0.0
     own: float = 0.0  # seconds by which it makes a step longer
     output_cost: float = 0.0
+    cost: int = 0  # of both together, rounded
 
     def ask(self, request: Request) -> None:
         self.request = request
-        cost, price = self.spec.cost, self.spec.price
+        cost = self.spec.cost
         self.attention = cost.attend * request.attended
         self.stall = cost.token * request.tokens + self.attention
         self.own = cost.sequence + cost.context * request.length
-        self.prompt_cost = price * (request.tokens * self.token_s + self.attention)
-        self.output_cost = price * request.each * self.own
+        if self.allowance:
+            self.price = price = self.allowance.price(request.tokens, request.now)
+            self.prompt_cost = price * (request.tokens * self.token_s + self.attention)
+            self.output_cost = price * request.each * self.own
+            self.cost = rounded(self.prompt_cost + self.output_cost)
 
     def possible(self, request: Request, ttft: float, tpot: float) -> bool:
         """Whether it would keep these limits if it were idle: see `Pricer.possible`."""
@@ -235,6 +242,10 @@ class Market:
         now = ask.now
         share = predict.mixed(prefill.mixed, now - prefill.mixed_at)
         prefill.mixed, prefill.mixed_at = share + prefill.kind.stall / MIXING_S, now
+        for end in (prefill, decode):
+            if end.kind.allowance:  # see Placer
+                half = prefill is decode or (end.takes and end.gives)
+                end.kind.allowance.take(ask.tokens, 0.5 if half else 1.0, now)
         decode.running += 1
         decode.context += ask.length
         decode.held += ask.need
@@ -291,7 +302,7 @@ class Market:
             tpot *= predict.slowing(book.share, kind.stall)
         late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
         late += harm(kind.stall, book.slack, book.begun, book.allowed)
-        return late, kind.prompt_cost + kind.output_cost, wait, others, tpot, ttft
+        return late, kind.cost, wait, others, tpot, ttft
 
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
         """As `Pricer.split`."""
@@ -311,8 +322,11 @@ class Market:
             return ttft + ask.each * tpot + others, 0.0, wait
         late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
         late += harm(0.0, decode.slack, decode.begun, decode.allowed)
-        link = LINK_WORK * moving * (sender.price + receiver.price)
-        cost = prefill.kind.prompt_cost + decode.kind.output_cost + link
+        cost = 0
+        if prefill.kind.allowance or decode.kind.allowance:
+            link = LINK_WORK * moving * (prefill.kind.price + decode.kind.price)
+            dollars = prefill.kind.prompt_cost + decode.kind.output_cost + link
+            cost = rounded(dollars * MOST if decode.takes or prefill.gives else dollars)
         return late, cost, wait, others, tpot, ttft
 
 
@@ -339,9 +353,10 @@ def _books(workers: Sequence[WorkerSpec], lanes: Sequence[Lane]) -> list[Book]:
     kinds: dict[tuple[object, ...], Kind] = {}
     books = []
     for at, (spec, lane) in enumerate(zip(workers, lanes, strict=True)):
-        alike = spec.role, spec.cost, spec.max_step_tokens, spec.price
+        alike = spec.role, spec.cost, spec.max_step_tokens, spec.plan and spec.kind
         if alike not in kinds:
-            kinds[alike] = Kind(spec, predict.full_token_s(spec.cost, spec.max_step_tokens))
+            plan = Allowance(spec.plan) if spec.plan else None
+            kinds[alike] = Kind(spec, predict.full_token_s(spec.cost, spec.max_step_tokens), plan)
         book = Book(
             at,
             lane,

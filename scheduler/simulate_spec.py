@@ -36,12 +36,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     max_sequences: int = 64
     itl_bound_s: float | None = None
     believed: CostModel | None = None
-    plan: Planned | None = None  # what it is there for, to routing; None: there is no plan
-
-    @property
-    def price(self) -> float:
-        """Of a second; 0 without a plan."""
-        return self.plan.price if self.plan else 0.0
+    plan: Planned | None = None  # what its kind is there for, to routing; None: there is no plan
 
 
 class Timing(msgspec.Struct, frozen=True):

@@ -25,6 +25,7 @@ from scheduler.shares import (
     size_class,
 )
 from scheduler.simulate import simulate
+from scheduler.simulate_coarse import simulate_coarse
 from scheduler.simulate_spec import WorkerSpec
 from scheduler.workload import Arrival
 
@@ -156,7 +157,7 @@ def test_at_the_planned_rate_the_live_fleet_realises_the_plans_shares(share):
 # ── the simulation ──────────────────────────────────────────────────────────────────────────────
 
 
-def simulated(rate, *, requests=1500, **shares):
+def simulated(run, rate, *, requests=1500, **shares):
     """(share of the cheap ones, attainment) of Poisson arrivals."""
     plans = due(**shares)
     workers = [
@@ -165,7 +166,7 @@ def simulated(rate, *, requests=1500, **shares):
         for number in range(count)
     ]
     at = np.cumsum(np.random.default_rng(1).exponential(1 / rate, requests))
-    outcome = simulate(workers, [Arrival(float(each), 400, 50) for each in at], slo=SLO)
+    outcome = run(workers, [Arrival(float(each), 400, 50) for each in at], slo=SLO)
     met = outcome.met(SLO.ttft_ms / 1e3, SLO.tpot_ms / 1e3)
     return float((outcome.prefilled < REPLICAS["cheap"]).mean()), float(met.mean())
 
@@ -179,7 +180,8 @@ def simulated(rate, *, requests=1500, **shares):
         (1.25 * RATE, 0.6),  # beyond the plan all take more
     ],
 )
-def test_the_cheap_are_filled_first_as_far_as_the_plan_says(rate, share):
-    cheap, attained = simulated(rate, cheap=0.6, dear=0.4)
+@pytest.mark.parametrize("run", [simulate, simulate_coarse], ids=["steps", "coarse"])
+def test_the_cheap_are_filled_first_as_far_as_the_plan_says(run, rate, share):
+    cheap, attained = simulated(run, rate, cheap=0.6, dear=0.4)
     assert cheap == pytest.approx(share, abs=0.04)
     assert attained > 0.99
