@@ -13,7 +13,7 @@ import msgspec
 
 from scheduler.capacity import tightest
 from scheduler.messages import Role
-from scheduler.plan import SMALL
+from scheduler.plan import SMALL, shed_rate
 from scheduler.planner import make_plan
 from scheduler.planner_columns import build, step_profile, with_slo
 from scheduler.planner_model import useful_pairs
@@ -114,7 +114,7 @@ def binding(context: _Context) -> tuple[Binding, ...]:
             continue
         more = context.solve(_raised(problem, {at: step}))
         saving = context.plan.cost - more.cost
-        served = _shed_rate(problem, context.plan) - _shed_rate(problem, more)
+        served = shed_rate(problem, context.plan) - shed_rate(problem, more)
         if saving > SMALL or served > SMALL:
             found.append(Binding(str(limit), used, limit.gpus, step, saving, served))
     return tuple(found)
@@ -209,7 +209,7 @@ def _cost_of(context: _Context, keep: Callable[..., bool]) -> float | None:
     left = {column.gpu for column in kept}
     limits: tuple[Limit, ...] = tuple(limit for limit in problem.limits if limit.gpu in left)
     plan = context.solve(msgspec.structs.replace(problem, columns=kept, limits=limits))
-    more_shed = _shed_rate(problem, plan) > _shed_rate(problem, context.plan) + 1e-6
+    more_shed = shed_rate(problem, plan) > shed_rate(problem, context.plan) + 1e-6
     return None if more_shed else plan.cost
 
 
@@ -219,12 +219,3 @@ def _raised(problem: Problem, more: dict[int, int]) -> Problem:
         for at, limit in enumerate(problem.limits)
     )
     return msgspec.structs.replace(problem, limits=limits)
-
-
-def _shed_rate(problem: Problem, plan: Plan) -> float:
-    """requests/s; a name that models share is written model/bucket."""
-    return sum(
-        bucket.rate
-        * plan.shed.get(bucket.name, plan.shed.get(f"{bucket.model}/{bucket.name}", 0.0))
-        for bucket in problem.buckets
-    )

@@ -74,6 +74,15 @@ def violations(problem: Problem, plan: Plan, tolerance: float = 1e-6) -> list[st
     return wrong
 
 
+def shed_rate(problem: Problem, plan: Plan) -> float:
+    """requests/s that are not served."""
+    names = shed_keys(problem)
+    return sum(
+        bucket.rate * plan.shed.get(names[bucket.model, bucket.name], 0.0)
+        for bucket in problem.buckets
+    )
+
+
 def shed_keys(problem: Problem) -> dict[tuple[str, str], str]:
     """(model, bucket) → its name in `Plan.shed`."""
     models: dict[str, set[str]] = {}

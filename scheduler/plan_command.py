@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from scheduler import goodput_command
+from scheduler import goodput_command, pareto_command
 from scheduler.answer import write_answer
 from scheduler.errors import SetupError
 from scheduler.plan_file import PlanBucket, read_plan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scheduler.certify import Certificate
+    from scheduler.pareto import Curve
     from scheduler.plan import Plan
     from scheduler.planner_columns import Built
     from scheduler.service_file import Service
@@ -31,6 +32,7 @@ examples:
   motley plan service.toml                      # a table, certified by simulation
   motley plan service.toml --no-certify         # seconds sooner, and cheaper than what holds
   motley plan service.toml --explain            # and why, what more would save, what is missing
+  motley plan service.toml --pareto cost.html   # what tighter, looser, more would cost, drawn
   motley plan service.toml --json --output plan.json
   motley plan --problem problem.json --json     # straight to the solver
   motley plan --problem problem.json --slices 8 # Mélange's form, to compare with
@@ -61,6 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, metavar="S", help="seconds (default 50, or the service's)"
     )
     command.add_argument("--gap", type=float, help="stop within this share of the least cost")
+    pareto_command.add_arguments(command)
     goodput_command.add_arguments(command)
 
 
@@ -81,6 +84,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.pareto and not options.service:
+        raise SetupError("--pareto draws a service: give SERVICE.toml")
+    pareto_command.check(options.pareto)
     if options.slices is not None and options.slices < 1:
         raise SetupError(f"--slices {options.slices}: at least 1")
     if options.time_limit is not None and not options.time_limit > 0:
@@ -124,7 +130,27 @@ def _service(options: argparse.Namespace) -> None:
             why = explain(service, built, first, time.perf_counter)
         answer["explanation"] = msgspec.to_builtins(why)
         shown += explanation_lines(why, first)
+    if options.pareto:
+        curves = _pareto(options, service, built, first, (plan, certificate))
+        answer["pareto"] = msgspec.to_builtins(curves)
+        shown += pareto_command.tables(curves)
     _write(options, answer, shown)
+
+
+def _pareto(
+    options: argparse.Namespace,
+    service: Service,
+    built: Built,
+    first: Plan,
+    found: tuple[Plan, Certificate | None],
+) -> tuple[Curve, ...]:
+    plan, certificate = found
+    begun = time.perf_counter()
+    sure = (plan, certificate) if certificate else None
+    with quiet():
+        curves = pareto_command.run(service, built, first, sure, _certified)
+    pareto_command.write(options.pareto, service, curves, time.perf_counter() - begun)
+    return curves
 
 
 def _certified(service: Service, built: Built, plan: Plan) -> tuple[Plan, Certificate]:
