@@ -34,6 +34,7 @@ MODEL = "smollm2"
 NAME = "smollm2-135m-instruct"
 IDS = range(1000, 40_000)  # plain words' tokens
 READY_S, LOOK_S = 120.0, 0.25
+SHARE = 0.9  # of the requests, in time: what goodput is about
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,14 @@ class Cluster:
         return [task.result() for task in running]
 
     async def alone(self, prompt: int, output: int, times: int = 5) -> tuple[float, float]:
-        """Seconds to the first token and between two, of requests one by one; means."""
+        """Seconds to the first token and between two, of requests one by one; medians."""
         rng = np.random.default_rng()  # nothing of these is in a cache
         answers = []
         for _ in range(times + 1):  # the first one warms up
             ids = rng.integers(IDS.start, IDS.stop, prompt).tolist()
             answers.append(await self.ask(ids, output))
         found = [(answer.ttft, answer.tpot) for answer in answers[1:]]
-        ttft, tpot = np.mean(found, axis=0).tolist()
+        ttft, tpot = np.median(found, axis=0).tolist()
         return ttft, tpot
 
 
@@ -213,8 +214,23 @@ def free_port() -> int:
 
 
 def poisson(rate: float, seconds: float, seed: int, prompt: int, output: int) -> list[Request]:
-    """Requests with prompts of 16 tokens to four times `prompt`, geometric; one size of output."""
+    """Requests with prompts of 16 tokens to three times `prompt`, geometric; one size of output."""
     rng = np.random.default_rng(seed)
     at = np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
-    sizes = np.minimum(rng.geometric(1 / prompt, len(at)) + 16, 4 * prompt)
+    sizes = np.minimum(rng.geometric(1 / (0.75 * prompt), len(at)) + 16, 3 * prompt)
     return [Request(*each, output) for each in zip(at.tolist(), sizes.tolist(), strict=True)]
+
+
+def highest(rows: list[dict[str, float]]) -> float:
+    """The rate at which 90 % are in time, between the last that holds and the next."""
+    held, before = 0.0, 1.0
+    for row in rows:
+        if row["share"] < SHARE:
+            part = (before - SHARE) / (before - row["share"])
+            return held + part * (row["rate"] - held)
+        held, before = row["rate"], row["share"]
+    return held
+
+
+def told(rows: list[dict[str, float]]) -> str:
+    return ", ".join(f"{row['share']:.0%} of {row['rate']:.1f}/s" for row in rows)
