@@ -11,6 +11,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from scheduler.autoscale_command import EXAMPLES as AUTOSCALE_EXAMPLES
+from scheduler.autoscale_command import add_arguments as add_autoscale_arguments
 from scheduler.errors import SetupError
 from scheduler.messages import Address, Role
 from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
@@ -288,6 +290,13 @@ def _simulate(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _autoscale(options: argparse.Namespace) -> None:
+    """A day of traffic under the autoscaler, simulated, and what it saves."""
+    from scheduler.autoscale_command import run
+
+    run(options)
+
+
 def _group_plan(options: argparse.Namespace) -> None:
     """Shares of a model for unlike machines, what a token takes, and whom to leave out."""
     from workers.group.plan_command import run
@@ -342,6 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_arguments(_command(commands, "plan", _plan, PLAN_EXAMPLES))
     add_profile_arguments(_command(commands, "profile", _profile, PROFILE_EXAMPLES))
     add_simulate_arguments(_command(commands, "simulate", _simulate, SIMULATE_EXAMPLES))
+    add_autoscale_arguments(_command(commands, "autoscale", _autoscale, AUTOSCALE_EXAMPLES))
     groups = commands.add_parser("group", help="Plan a group of machines that share one model.")
     of_groups = groups.add_subparsers(required=True, metavar="COMMAND")
     add_group_plan_arguments(_command(of_groups, "plan", _group_plan, GROUP_PLAN_EXAMPLES))

@@ -199,9 +199,7 @@ class _Model:
 
     def __init__(self, demand: Demand, settings: Autoscaling) -> None:
         self._demand = demand
-        # What is decided now is there after `start_s`, and has to do until the next decision's is.
-        ahead = 1 + math.ceil(settings.start_s / settings.window_s)
-        self._rates = RateForecast(settings.window_s, ahead, settings.cover)
+        self._rates = RateForecast(settings.window_s, settings.ahead, settings.cover)
         self._learn = min(1.0, settings.window_s / MIX_S)
         self._mix = _shares(demand.workload)
         self.correction = 1.0

@@ -72,8 +72,7 @@ def run(options: argparse.Namespace) -> None:
     chosen = [bool(options.service), bool(options.problem), options.goodput]
     if sum(chosen) != 1:
         raise SetupError("say what to plan for: SERVICE.toml, --problem FILE.json, or --goodput")
-    if find_spec("scipy") is None:
-        raise SetupError("planning needs scipy: pip install -e '.[plan]' in the checkout")
+    require_scipy()
     _check(options)
     if options.goodput:
         _goodput(options)
@@ -81,6 +80,12 @@ def run(options: argparse.Namespace) -> None:
         _problem(options)
     else:
         _service(options)
+
+
+def require_scipy() -> None:
+    """Raises SetupError where the extra is missing."""
+    if find_spec("scipy") is None:
+        raise SetupError("planning needs scipy: pip install -e '.[plan]' in the checkout")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -108,6 +108,11 @@ class Autoscaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cover: float = 0.8
     band: float = 0.05
 
+    @property
+    def ahead(self) -> int:
+        """Windows that a decision has to do for: until the machines of the next one are there."""
+        return 1 + math.ceil(self.start_s / self.window_s)
+
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slo: Slo
