@@ -25,7 +25,9 @@ from scheduler.planner import make_plan
 from scheduler.planner_columns import build
 from scheduler.planner_model import switching_cost
 from scheduler.rate_forecast import LEAST, Forecast, RateForecast
+from scheduler.shares import Planned
 from scheduler.shortfall import unserved
+from scheduler.simulate_plan import planned_shares
 from scheduler.switching import Running, Stage, switch
 from scheduler.workload import SizeBucket, Workload
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from scheduler.planner_columns import Built
+    from scheduler.problem import Problem
     from scheduler.service_file import Autoscaling, Demand, Service
 
 _NONE = (0.0, 0.0, 0.0)
@@ -57,13 +60,15 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """`plan` is None to keep what runs; `stages` as in `switching`.
+    """`plan` is None to keep what runs; `stages` as in `switching`. `due`: what routing wants of
+    each column from then on.
 
     By model: `forecasts`; `corrections`, by which more is planned for since the attainment missed
     its target; and `need`, the requests/s that the plan is for.
     """
 
     plan: Plan | None
+    due: dict[str, Planned]
     stages: tuple[Stage, ...]
     reason: str
     forecasts: dict[str, Forecast]
@@ -95,24 +100,27 @@ class Autoscaler:
         self._needs.append({name: model.need for name, model in self._models.items()})
         held = {name: max(need[name] for need in self._needs) for name in self._models}
         counts = dict(Counter(w.column for w in running if w.state != "draining"))
-        plan, reason = self._planned(counts, held)
+        said = self._planned(counts, held)
         stages: tuple[Stage, ...] = ()
-        if plan:
-            stages = self._stages(running, plan, self._needs[-1])
+        if said.plan:
+            stages = self._stages(running, said.plan, self._needs[-1])
         corrections = {name: model.correction for name, model in self._models.items()}
-        return Decision(plan, stages, reason, forecasts, corrections, held)
+        return Decision(said.plan, said.due, stages, said.reason, forecasts, corrections, held)
 
     def learn(self, seen: Mapping[str, Seen]) -> None:
         """A window of the past: its load, without a decision."""
         for name, model in self._models.items():
             model.learn(seen[name])
 
-    def problem(
-        self, rates: Mapping[str, float], previous: Mapping[str, int] | None = None
-    ) -> Built:
+    def problem(self, rates: Mapping[str, float]) -> Problem:
         """The service at these rates, with the mix of sizes that was seen lately."""
+        return self._built(self._at(rates)).problem
+
+    def _at(self, rates: Mapping[str, float]) -> Service:
         demands = tuple(model.at(rates[name]) for name, model in self._models.items())
-        service = msgspec.structs.replace(self._service, demands=demands)
+        return msgspec.structs.replace(self._service, demands=demands)
+
+    def _built(self, service: Service, previous: Mapping[str, int] | None = None) -> Built:
         built = build(service, dict(previous or {}))
         self._columns |= {column.name: column for column in built.problem.columns}
         return built
@@ -120,29 +128,30 @@ class Autoscaler:
     def _judge(self, seen: Mapping[str, Seen], ready: Mapping[str, int]) -> None:
         """Whether the capacities kept their word, where they were not asked for more."""
         rates = {name: max(each.workload.rate, LEAST) for name, each in seen.items()}
-        enough = unserved(self.problem(rates).problem, ready) == 0
+        enough = unserved(self.problem(rates), ready) == 0
         for name, model in self._models.items():
             model.judge(seen[name], enough=enough)
 
-    def _planned(self, counts: dict[str, int], held: dict[str, float]) -> tuple[Plan | None, str]:
-        needed = self.problem(held).problem
+    def _planned(self, counts: dict[str, int], held: dict[str, float]) -> _Said:
+        needed = self.problem(held)
         short = unserved(needed, counts)
         if not short and self._declined.still(counts, held):
-            return None, self._declined.reason
-        roomy = {name: rate * (1 + self._settings.band) for name, rate in held.items()}
-        built = self.problem(roomy, counts)
+            return _Said(self._declined.reason)
+        service = self._at({n: rate * (1 + self._settings.band) for n, rate in held.items()})
+        built = self._built(service, counts)
         options = msgspec.structs.replace(built.options, wasted=self._wasted)
         plan = make_plan(built.problem, options, self._clock)
+        due = planned_shares(service, built, plan.routing)
         left = unserved(needed, plan.replicas)
         if left < short:
-            return plan, f"{short - left:.2f} requests/s more than what runs serves"
+            return _Said(f"{short - left:.2f} requests/s more than what runs serves", plan, due)
         cost = sum(self._columns[name].price * count for name, count in counts.items())
         switching = switching_cost(built.problem, options, plan.replicas)
         if left == short and plan.cost + switching < cost * (1 - WORTH):
-            return plan, f"{cost - plan.cost:.2f} $/h less"
+            return _Said(f"{cost - plan.cost:.2f} $/h less", plan, due)
         reason = "the limits leave no room for more" if short else "no other plan saves enough"
         self._declined = _Declined(reason, counts, held, self._needs.maxlen or 1)
-        return None, reason
+        return _Said(reason)
 
     @property
     def _wasted(self) -> float:
@@ -154,7 +163,7 @@ class Autoscaler:
     def _stages(
         self, running: Sequence[Running], plan: Plan, need: dict[str, float]
     ) -> tuple[Stage, ...]:
-        problem = self.problem(need).problem
+        problem = self.problem(need)
 
         def room(replicas: Mapping[str, int]) -> bool:
             return all(
@@ -170,6 +179,12 @@ class Autoscaler:
         return switch(
             running, plan.replicas, self._columns, lambda counts: unserved(problem, counts), room
         )
+
+
+class _Said(msgspec.Struct):
+    reason: str
+    plan: Plan | None = None
+    due: dict[str, Planned] = {}
 
 
 @dataclass(slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from scheduler.planner import make_plan
 from scheduler.planner_columns import build
+from scheduler.simulate_plan import planned_shares
 from scheduler.switching import switch
 
 if TYPE_CHECKING:
@@ -20,16 +21,25 @@ if TYPE_CHECKING:
     from scheduler.planner_columns import Built
     from scheduler.problem import Column
     from scheduler.service_file import Service
+    from scheduler.shares import Planned
     from scheduler.switching import Running, Stage
 
 SYNC_S, STABLE_S, TOLERANCE = 60.0, 300.0, 0.1
 
 
+class RatePlan(NamedTuple):
+    """`due`: what routing wants of each column."""
+
+    plan: Plan
+    due: dict[str, Planned] | None
+
+
 class Ours:
     """The autoscaler, and what it has said so far."""
 
-    def __init__(self, autoscaler: Autoscaler, window_s: float) -> None:
+    def __init__(self, autoscaler: Autoscaler, first: RatePlan, window_s: float) -> None:
         self.window_s = window_s
+        self.due = first.due
         self.decisions: list[Decision] = []
         self._autoscaler = autoscaler
 
@@ -37,14 +47,17 @@ class Ours:
         self, seen: Mapping[str, Seen], running: Sequence[Running], ready: Mapping[str, int]
     ) -> tuple[Stage, ...]:
         self.decisions.append(self._autoscaler.window(seen, running, ready))
+        if self.decisions[-1].plan:
+            self.due = self.decisions[-1].due
         return self.decisions[-1].stages
 
 
 class Static:
     """Nothing ever changes."""
 
-    def __init__(self, window_s: float) -> None:
+    def __init__(self, plan: RatePlan, window_s: float) -> None:
         self.window_s = window_s
+        self.due = plan.due
 
     def decide(
         self, seen: Mapping[str, Seen], running: Sequence[Running], ready: Mapping[str, int]
@@ -53,14 +66,15 @@ class Static:
 
 
 class Foresight:
-    """The least cost of each window, for the rate that then comes; `plans` begin with the second.
+    """The least cost of each window, for the rate that then comes.
 
     Meant for machines that start and stop in no time: a bound, not something that could run.
     """
 
-    def __init__(self, plans: Sequence[Mapping[str, int]], built: Built, window_s: float) -> None:
+    def __init__(self, plans: Sequence[RatePlan], built: Built, window_s: float) -> None:
         self.window_s = window_s
-        self._plans = deque(plans)
+        self.due = plans[0].due
+        self._plans = deque(plans[1:])
         self._columns = {column.name: column for column in built.problem.columns}
 
     def decide(
@@ -68,7 +82,8 @@ class Foresight:
     ) -> tuple[Stage, ...]:
         if not self._plans:
             return ()
-        return _change(running, self._plans.popleft(), self._columns)
+        plan, self.due = self._plans.popleft()
+        return _change(running, plan.replicas, self._columns)
 
 
 class Threshold:
@@ -76,10 +91,11 @@ class Threshold:
 
     Wanted are ceil(ready × utilisation / target) replicas, at least one, if the ratio is beyond a
     tolerance of 10 %; never fewer than was wanted in the last 5 minutes (the defaults of its
-    documentation, looked at once a minute).
+    documentation, looked at once a minute). Routing knows of no plan.
     """
 
     window_s = SYNC_S
+    due: dict[str, Planned] | None = None
 
     def __init__(self, built: Built, plan: Plan, target: float) -> None:
         self._target = target
@@ -126,9 +142,9 @@ class RateTable:
 
     def __init__(self, service: Service, clock: Callable[[], float], step: float = 0.02) -> None:
         self._service, self._clock, self._step = service, clock, step
-        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._plans: dict[tuple[int, ...], RatePlan] = {}
 
-    def plan(self, rates: Mapping[str, float]) -> Plan:
+    def plan(self, rates: Mapping[str, float]) -> RatePlan:
         """For rates that are at most one step above."""
         key = tuple(
             math.ceil(math.log(max(rates[demand.name], 1e-3)) / self._step)
@@ -144,6 +160,8 @@ class RateTable:
                 )
                 for at, demand in zip(key, self._service.demands, strict=True)
             )
-            built = build(msgspec.structs.replace(self._service, demands=demands))
-            self._plans[key] = make_plan(built.problem, built.options, self._clock)
+            service = msgspec.structs.replace(self._service, demands=demands)
+            built = build(service)
+            plan = make_plan(built.problem, built.options, self._clock)
+            self._plans[key] = RatePlan(plan, planned_shares(service, built, plan.routing))
         return self._plans[key]

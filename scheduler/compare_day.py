@@ -94,13 +94,13 @@ def compare(
     table = RateTable(service, clock)
     plans = [table.plan(_rates(seen)) for seen in windows]
     peak = table.plan({name: max(_rates(seen)[name] for seen in windows) for name in parts})
-    ours = Ours(autoscaler, window)
-    foresight = Foresight([plan.replicas for plan in plans[1:]], built, window)
+    ours, first = Ours(autoscaler, plans[0], window), plans[0].plan.replicas
+    threshold, most = Threshold(built, peak.plan, target), peak.plan.replicas
     days = {
-        OURS: today.run(ours, plans[0].replicas),
-        FORESIGHT: today.run(foresight, plans[0].replicas, at_once=True),
-        THRESHOLD: today.run(Threshold(built, peak, target), peak.replicas),
-        STATIC: today.run(Static(window), peak.replicas),
+        OURS: today.run(ours, first),
+        FORESIGHT: today.run(Foresight(plans, built, window), first, at_once=True),
+        THRESHOLD: today.run(threshold, most),
+        STATIC: today.run(Static(peak, window), most),
     }
     return Comparison(
         rate=rate,

@@ -15,6 +15,7 @@ import numpy as np
 
 from scheduler.autoscale import Seen
 from scheduler.machines import Machines, whole_time
+from scheduler.plan_file import PlanFile
 from scheduler.simulate_coarse import simulate_coarse
 from scheduler.simulate_plan import plan_workers
 from scheduler.workload import Arrival, count_sizes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from scheduler.machines import Span
     from scheduler.planner_columns import Built
     from scheduler.service_file import Demand, Service
+    from scheduler.shares import Planned
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.switching import Running, Stage
 
@@ -34,9 +36,10 @@ LEAD_S = 30.0
 
 
 class Policy(Protocol):
-    """What decides once in every `window_s`."""
+    """What decides once in every `window_s`; `due`: what routing wants of each column by now."""
 
     window_s: float
+    due: dict[str, Planned] | None
 
     def decide(
         self, seen: Mapping[str, Seen], running: Sequence[Running], ready: Mapping[str, int]
@@ -100,7 +103,7 @@ class Day:
             seen = {}
             for name, line in self._lines.items():
                 for span in spans:
-                    line.serve(span)
+                    line.serve(span, policy.due)
                 seen[name] = line.seen(start, end, line.met)
             windows.append(self._window(start, end, seen, machines.dollars - paid, spans[-1]))
             paid = machines.dollars
@@ -165,10 +168,13 @@ class _Line:
     def between(self, start: float, end: float) -> slice:
         return slice(bisect.bisect_left(self._times, start), bisect.bisect_left(self._times, end))
 
-    def serve(self, span: Span) -> None:
+    def serve(self, span: Span, due: Mapping[str, Planned] | None) -> None:
         """Every request that comes within it is counted, under the workers of that time."""
         inside = self.between(span.start, span.end)
-        workers = self._workers_of(span.ready)
+        workers = [
+            msgspec.structs.replace(worker, plan=due.get(worker.kind) if due else None)
+            for worker in self._workers_of(span.ready)
+        ]
         came = self._requests[inside]
         if not workers:
             self._waiting += came
@@ -193,7 +199,7 @@ class _Line:
     def _workers_of(self, ready: Mapping[str, int]) -> list[WorkerSpec]:
         key = tuple(sorted(ready.items()))
         if key not in self._workers:
-            found = plan_workers(self._service, self._built, dict(ready))
+            found = plan_workers(self._service, self._built, PlanFile(dict(ready)))
             self._workers[key] = found[self._demand.name]
         return self._workers[key]
 

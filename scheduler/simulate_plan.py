@@ -16,10 +16,11 @@ from scheduler.measured import read_worker_profile
 from scheduler.messages import Rates, Role
 from scheduler.planner_columns import step_profile
 from scheduler.profiles import Bounds
-from scheduler.shares import PlannedBucket, planned
+from scheduler.shares import Planned, PlannedBucket, planned
 from scheduler.simulate_spec import WorkerSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from scheduler.plan import Plan
@@ -39,11 +40,7 @@ def plan_workers(
     found: dict[str, list[WorkerSpec]] = {demand.name: [] for demand in service.demands}
     if unknown := [name for name in plan.replicas if name not in columns]:
         raise SetupError(f"replicas.{unknown[0]}: the service has no such column; plan it anew")
-    due = planned(
-        planned_buckets(service),
-        plan.routing,
-        {name: (column.model, column.price) for name, column in columns.items()},
-    )
+    due = planned_shares(service, built, plan.routing)
     for name, count in plan.replicas.items():
         column = columns[name]
         demand = demands[column.model]
@@ -71,12 +68,17 @@ def plan_workers(
     return found
 
 
-def planned_buckets(service: Service) -> list[PlannedBucket]:
-    return [
+def planned_shares(
+    service: Service, built: Built, routing: Mapping[str, Mapping[str, float]]
+) -> dict[str, Planned]:
+    """What routing wants of each column, at the service's rates."""
+    buckets = [
         PlannedBucket(bucket.name, demand.name, bucket.size[0], bucket.rate)
         for demand in service.demands
         for bucket in demand.workload.buckets
     ]
+    columns = {column.name: (column.model, column.price) for column in built.problem.columns}
+    return planned(buckets, routing, columns)
 
 
 class _Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

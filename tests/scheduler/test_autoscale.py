@@ -19,6 +19,7 @@ from scheduler.autoscale import Autoscaler, Seen
 from scheduler.errors import SetupError
 from scheduler.machines import Machines, whole_time
 from scheduler.planner import make_plan
+from scheduler.planner_model import Options
 from scheduler.service_file import parse_service
 from scheduler.shortfall import unserved
 
@@ -47,9 +48,9 @@ class Cluster:
         )
         self.mix, self.kept = service.demands[0].workload, kept
         self.autoscaler = Autoscaler(self.service, time.perf_counter)
-        built = self.autoscaler.problem({MODEL: rate})
-        self.plan = make_plan(built.problem, built.options, time.perf_counter)
-        columns = {column.name: column for column in built.problem.columns}
+        problem = self.autoscaler.problem({MODEL: rate})
+        self.plan = make_plan(problem, Options(), time.perf_counter)
+        columns = {column.name: column for column in problem.columns}
         self.machines = Machines(self.service.autoscale, columns, self.plan.replicas)
         self.start = 0.0
 
@@ -79,7 +80,7 @@ class Cluster:
         return Counter(worker.column for worker in self.machines.running)
 
     def enough_for(self, rate):
-        return unserved(self.autoscaler.problem({MODEL: rate}).problem, self.machines.ready) == 0
+        return unserved(self.autoscaler.problem({MODEL: rate}), self.machines.ready) == 0
 
 
 @settings(max_examples=5, deadline=None)
@@ -172,7 +173,7 @@ def test_while_it_switches_what_serves_the_load_is_there(seed):
     cluster = Cluster(6, hold_s=600.0)
     for rate in (6 * np.exp(np.clip(np.cumsum(rng.normal(0, 0.2, 16)), -1, 1))).tolist():
         decision = cluster.window(rate)
-        problem = cluster.autoscaler.problem(decision.need).problem
+        problem = cluster.autoscaler.problem(decision.need)
         before = unserved(problem, cluster.served)
         for part in range(1, 10):
             cluster.machines.advance(cluster.start + part * 30)

@@ -15,11 +15,12 @@ from rich.console import Console
 pytest.importorskip("scipy", reason="the planner is the extra `plan`")
 
 from motley import main
-from scheduler.autoscale_policies import Foresight, RateTable, Static, Threshold
+from scheduler.autoscale_policies import Foresight, RatePlan, RateTable, Static, Threshold
 from scheduler.autoscale_table import shown
 from scheduler.compare_day import FORESIGHT, OURS, STATIC, THRESHOLD, Comparison
 from scheduler.errors import SetupError
 from scheduler.machines import Machines, Span, whole_time
+from scheduler.plan import Plan
 from scheduler.planner_columns import build
 from scheduler.rate_curve import DAY_S, Curve, built_in, draw, read_curves
 from scheduler.service_file import parse_service
@@ -183,6 +184,13 @@ def test_rates_that_cannot_be_meant_are_named(tmp_path, text, said):
 # ── a day ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def planned(count):
+    return RatePlan(Plan("optimal", count, {COLUMN: count}, {}, {}, 0.0, 0.0), None)
+
+
+STILL = Static(planned(1), 300.0)
+
+
 def hour(service, built, *rates):
     """So many requests/s, each for an equal part of an hour."""
     edges = np.linspace(0, 3600, len(rates) + 1)
@@ -193,7 +201,7 @@ def hour(service, built, *rates):
 
 
 def test_what_never_changes_costs_its_price_and_one_overloaded_half_shows(service, built):
-    report = hour(service, built, 1, 15).run(Static(300.0), {COLUMN: 2})
+    report = hour(service, built, 1, 15).run(STILL, {COLUMN: 2})
     assert (report.dollars, report.gpu_hours) == (pytest.approx(2.0), pytest.approx(2.0))
     assert report.switches == {}
     calm, busy = report.windows[:6], report.windows[6:]
@@ -209,23 +217,23 @@ def test_requests_that_wait_at_the_end_of_a_window_wait_at_the_beginning_of_the_
 ):
     flooded = [Arrival(float(at) / 100, 1000, 60) for at in range(29_900, 30_000)]
     later = [Arrival(300.0 + at, 1000, 60) for at in range(0, 60, 5)]
-    alone = Day(service, built, {MODEL: later}, 600.0).run(Static(300.0), {COLUMN: 1})
-    after = Day(service, built, {MODEL: flooded + later}, 600.0).run(Static(300.0), {COLUMN: 1})
+    alone = Day(service, built, {MODEL: later}, 600.0).run(STILL, {COLUMN: 1})
+    after = Day(service, built, {MODEL: flooded + later}, 600.0).run(STILL, {COLUMN: 1})
     assert alone.windows[1].attainment == 1.0
     assert after.windows[1].attainment < 1.0
 
 
 def test_foresight_pays_for_each_window_what_it_needs(service, built):
     day = hour(service, built, 2, 6)
-    plans = [{COLUMN: 1}] * 6 + [{COLUMN: 3}] * 6
-    report = day.run(Foresight(plans[1:], built, 300.0), plans[0], at_once=True)
+    plans = [planned(1)] * 6 + [planned(3)] * 6
+    report = day.run(Foresight(plans, built, 300.0), {COLUMN: 1}, at_once=True)
     assert report.dollars == pytest.approx(0.5 * 1 + 0.5 * 3)
     assert report.switches == {"start": 2}
 
 
 def test_the_threshold_is_the_formula_of_kubernetes(service, built):
-    plan = RateTable(service, time.perf_counter).plan({MODEL: 6.0})
-    threshold = Threshold(built, plan, 0.5)
+    peak = RateTable(service, time.perf_counter).plan({MODEL: 6.0})
+    threshold = Threshold(built, peak.plan, 0.5)
     day = hour(service, built, 2, 6)
     report = day.run(threshold, {COLUMN: 1})
     capacity = built.problem.columns[0].capacity["1000/60"]
@@ -238,7 +246,7 @@ def test_the_threshold_is_the_formula_of_kubernetes(service, built):
 def test_plans_of_like_rates_are_made_once(service):
     table = RateTable(service, time.perf_counter)
     assert table.plan({MODEL: 4.0}) is table.plan({MODEL: 4.01})
-    assert table.plan({MODEL: 8.0}).cost > table.plan({MODEL: 4.0}).cost
+    assert table.plan({MODEL: 8.0}).plan.cost > table.plan({MODEL: 4.0}).plan.cost
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────
