@@ -41,9 +41,9 @@ def test_goodput_is_where_ninety_percent_are_in_time_no_more(bench, shares, good
 
 def test_a_request_that_was_refused_is_not_in_time(bench):
     answer = bench("capped").Answer
-    assert answer([0.1, 0.2, 0.4]).met(0.1, 0.15)
-    assert not answer([0.1, 0.2, 0.4]).met(0.1, 0.14)
-    assert not answer([0.2, 0.2]).met(0.1, 0.14)
+    assert answer([0.125, 0.25, 0.5]).met(0.125, 0.1875)
+    assert not answer([0.125, 0.25, 0.5]).met(0.125, 0.18)
+    assert not answer([0.25, 0.25]).met(0.125, 0.18)
     assert not answer().met(math.inf, math.inf)
 
 
