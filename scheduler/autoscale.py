@@ -24,9 +24,10 @@ from scheduler.plan import Plan
 from scheduler.planner import make_plan
 from scheduler.planner_columns import build
 from scheduler.planner_model import switching_cost
+from scheduler.problem import price_of
 from scheduler.rate_forecast import LEAST, Forecast, RateForecast
 from scheduler.shares import Planned
-from scheduler.shortfall import unserved
+from scheduler.shortfall import short_of, unserved
 from scheduler.simulate_plan import planned_shares
 from scheduler.switching import Running, Stage, switch
 from scheduler.workload import SizeBucket, Workload
@@ -134,7 +135,8 @@ class Autoscaler:
 
     def _planned(self, counts: dict[str, int], held: dict[str, float]) -> _Said:
         needed = self.problem(held)
-        short = unserved(needed, counts)
+        spare = self._service.choices.spare
+        short = short_of(needed, counts, spare=spare)
         if not short and self._declined.still(counts, held):
             return _Said(self._declined.reason)
         service = self._at({n: rate * (1 + self._settings.band) for n, rate in held.items()})
@@ -142,10 +144,10 @@ class Autoscaler:
         options = msgspec.structs.replace(built.options, wasted=self._wasted)
         plan = make_plan(built.problem, options, self._clock)
         due = planned_shares(service, built, plan.routing)
-        left = unserved(needed, plan.replicas)
+        left = short_of(needed, plan.replicas, spare=spare)
         if left < short:
             return _Said(f"{short - left:.2f} requests/s more than what runs serves", plan, due)
-        cost = sum(self._columns[name].price * count for name, count in counts.items())
+        cost = price_of(built.problem, counts)
         switching = switching_cost(built.problem, options, plan.replicas)
         if left == short and plan.cost + switching < cost * (1 - WORTH):
             return _Said(f"{cost - plan.cost:.2f} $/h less", plan, due)

@@ -17,7 +17,7 @@ from scheduler.errors import SetupError
 from scheduler.messages import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 
@@ -94,6 +94,18 @@ class Problem(msgspec.Struct, frozen=True):
     columns: tuple[Column, ...]
     limits: tuple[Limit, ...] = ()
     nodes: tuple[WholeNodes, ...] = ()
+
+
+def price_of(problem: Problem, replicas: Mapping[str, int]) -> float:
+    """$/h of so many replicas of each column, by the node where only whole nodes are let."""
+    total = 0.0
+    for column in problem.columns:
+        if not any(nodes.covers(column) for nodes in problem.nodes):
+            total += column.price * replicas.get(column.name, 0)
+    for nodes in problem.nodes:
+        gpus = sum(c.gpus * replicas.get(c.name, 0) for c in problem.columns if nodes.covers(c))
+        total += math.ceil(gpus / nodes.size) * nodes.price
+    return total
 
 
 class _FileColumn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 SMALL = 1e-6  # requests/s: the solver's rounding
 
 
+def short_of(problem: Problem, replicas: Mapping[str, int], *, spare: bool) -> float:
+    """`unserved`; with `spare`, the most of it after the loss of any one replica."""
+    if not spare:
+        return unserved(problem, replicas)
+    names = [name for name, count in sorted(replicas.items()) if count > 0]
+    lost = [{**replicas, name: replicas[name] - 1} for name in names]
+    return max((unserved(problem, left) for left in lost), default=unserved(problem, {}))
+
+
 def unserved(problem: Problem, replicas: Mapping[str, int]) -> float:
     """Requests/s beyond what these replicas serve within their head-room; 0 if all fits.
 

@@ -19,7 +19,9 @@ from scheduler.autoscale import Autoscaler, Seen
 from scheduler.errors import SetupError
 from scheduler.machines import Machines, whole_time
 from scheduler.planner import make_plan
+from scheduler.planner_columns import build
 from scheduler.planner_model import Options
+from scheduler.problem import price_of
 from scheduler.service_file import parse_service
 from scheduler.shortfall import unserved
 
@@ -115,6 +117,15 @@ def test_a_dip_that_is_shorter_than_the_hold_time_changes_nothing():
     assert Cluster(12, hold_s=1200.0).windows([12] * 8 + [6] * 3 + [12] * 8) == []
 
 
+def test_a_plan_says_what_routing_wants_of_its_columns():
+    cluster = Cluster(6)
+    assert cluster.window(6).due == {}
+    decision = cluster.window(20)
+    due = {name: sum(planned.rates) for name, planned in decision.due.items()}
+    first = sum(due[name] for name in decision.plan.replicas if "decode" not in name)
+    assert first == pytest.approx(20 * 1.05)
+
+
 def test_a_saving_that_does_not_pay_for_its_switch_within_the_horizon_is_left():
     dear = {"start_s": 250.0, "drain_s": 250.0}
     assert Cluster(12, horizon_s=36_000.0, hold_s=300.0, **dear).windows([12] * 4 + [9] * 9) == [4]
@@ -151,6 +162,27 @@ def test_limits_are_kept_and_said():
     reasons = [cluster.window(rate).reason for rate in [6] * 3 + [200] * 9]
     assert reasons[-1] == "the limits leave no room for more"
     assert cluster.replicas.total() == 8
+
+
+def test_a_spare_is_rented_when_the_load_grows_into_it():
+    text = SERVICE + "spare = true\n"
+    cluster = Cluster(6, text)
+    fits = next(r / 10 for r in range(60, 200) if not cluster.enough_for((r + 1) / 10))
+    assert cluster.windows([fits]) == [0]
+
+
+def test_whole_nodes_are_paid_whole():
+    offer = """[[offer]]
+gpu = "L4"
+price = 0.5
+date = 2026-11-01
+source = "a round number"
+whole = 8
+"""
+    problem = build(parse_service(SERVICE + offer, Path())).problem
+    names = [column.name for column in problem.columns]
+    assert [price_of(problem, {names[0]: n}) for n in (0, 1, 8, 9)] == [0, 4, 4, 8]
+    assert price_of(problem, dict.fromkeys(names, 3)) == 8
 
 
 def test_the_mix_of_sizes_moves_the_plan_at_the_same_rate():
