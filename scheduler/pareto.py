@@ -13,7 +13,7 @@ import msgspec
 
 from scheduler.plan import SMALL, shed_rate
 from scheduler.planner import make_plan
-from scheduler.planner_columns import build, with_slo
+from scheduler.planner_columns import MOST_MISSES, build, with_slo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,6 @@ Unit = Literal["share", "ms", "requests/s", "×"]
 LIMITS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 MISSES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # of the share that may be late
 RATES = (4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
-MOST_MISSES = 0.5  # below that the head-room for chance would be none
 SOLVE_S, GAP = 10.0, 0.005  # of each plan: a curve needs no more
 
 
@@ -98,7 +97,13 @@ def tasks(service: Service) -> list[Task]:
 def axes(service: Service) -> tuple[Axis, ...]:
     misses = max(1 - demand.slo.share for demand in service.demands)
     return (
-        Axis("attainment", _allowed(misses), _scaled_share, lambda d: d.slo.share, "share"),
+        Axis(
+            "attainment",
+            _allowed(misses),
+            lambda s, by: with_slo(s, misses=by),
+            lambda d: d.slo.share,
+            "share",
+        ),
         Axis("TTFT", LIMITS, lambda s, by: with_slo(s, ttft=by), lambda d: d.slo.ttft_ms, "ms"),
         Axis("TPOT", LIMITS, lambda s, by: with_slo(s, tpot=by), lambda d: d.slo.tpot_ms, "ms"),
         Axis("rate", RATES, _scaled_rate, lambda d: d.workload.rate, "requests/s"),
@@ -179,26 +184,13 @@ def _allowed(misses: float) -> list[float]:
     return [factor for factor in MISSES if factor <= 1 or factor * misses <= MOST_MISSES]
 
 
-def _scaled_share(service: Service, factor: float) -> Service:
-    return _each(
-        service,
-        lambda demand: msgspec.structs.replace(
-            demand,
-            slo=msgspec.structs.replace(demand.slo, share=1 - (1 - demand.slo.share) * factor),
-        ),
-    )
-
-
 def _scaled_rate(service: Service, factor: float) -> Service:
-    return _each(
-        service,
-        lambda demand: msgspec.structs.replace(demand, workload=demand.workload.scaled(factor)),
-    )
-
-
-def _each(service: Service, changed: Callable[[Demand], Demand]) -> Service:
     return msgspec.structs.replace(
-        service, demands=tuple(changed(demand) for demand in service.demands)
+        service,
+        demands=tuple(
+            msgspec.structs.replace(demand, workload=demand.workload.scaled(factor))
+            for demand in service.demands
+        ),
     )
 
 

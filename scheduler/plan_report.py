@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from scheduler.plan import shed_rate
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
     from scheduler.certify import Certificate
-    from scheduler.explain import Explanation
+    from scheduler.explain import Explanation, SloStep
     from scheduler.goodput import Found
     from scheduler.plan import Plan
     from scheduler.planner_columns import Facts
     from scheduler.problem import Problem
+    from scheduler.suffice import Relaxed, Suffices
 
 HOURS = 730  # of a month
 
@@ -45,6 +48,9 @@ def plan_tables(
         f"{plan.cost:.2f} $/h ({plan.cost * HOURS:,.0f} $ a month), {plan.status}, at most "
         f"{plan.gap:.2%} above the least, found in {plan.seconds:.2f} s"
     )
+    if plan.shed:
+        rate = sum(bucket.rate for bucket in problem.buckets)
+        yield f"shed: {shed_rate(problem, plan):.3g} of {rate:.3g} requests/s"
     for name, share in plan.shed.items():
         yield f"shed: {share:.1%} of {name}"
     for name in plan.replicas:
@@ -88,11 +94,9 @@ def explanation_lines(why: Explanation, plan: Plan) -> Iterator[str]:
         yield f"{each.limit}: {each.used} of {each.gpus} GPUs used; {each.more} more {gain}"
     if not why.binding:
         yield "no limit binds"
-    for cost in why.slo:
-        yield (
-            f"{cost.limit}: {cost.looser_ms:.0f} ms more would save {cost.saving:.2f} $/h"
-            f" ({cost.saving_per_ms:.3f} $/h per ms)"
-        )
+    for name in ("TTFT", "TPOT", "share") if plan.replicas else ():
+        steps = [step for step in why.slo if step.limit == name]
+        yield f"{_limit(name, steps[0].at)} now: " + "; ".join(_step(step) for step in steps)
     for bucket in why.unserved:
         need = (
             f"one alone needs TTFT {bucket.ttft_ms:.0f} ms and TPOT {bucket.tpot_ms:.0f} ms "
@@ -102,15 +106,55 @@ def explanation_lines(why: Explanation, plan: Plan) -> Iterator[str]:
         )
         yield f"{bucket.bucket} ({bucket.size[0]:.0f} in, {bucket.size[1]:.0f} out): {need}"
     if why.suffices:
-        more = ", ".join(f"{count} more {limit}" for limit, count in why.suffices.gpus.items())
-        yield (
-            f"to serve all: {more or 'other limits'} ({why.suffices.cost:.2f} $/h in all), "
-            f"or {why.suffices.rate:.0%} of the rate"
-        )
+        yield from _ways(why.suffices)
+    if not plan.replicas:
+        return
     others = {"mixed workers only": why.mixed_only, "split workers only": why.split_only}
     others |= {f"{gpu} alone": cost for gpu, cost in why.one_gpu.items()}
-    for name, other in others.items():
-        yield f"{name}: {_against(other, plan.cost)}"
+    for other, cost in others.items():
+        yield f"{other}: {_against(cost, plan.cost)}"
+
+
+def _limit(name: str, value: float) -> str:
+    return f"{value * 100:.4g} % in time" if name == "share" else f"{name} {value:.0f} ms"
+
+
+def _step(step: SloStep) -> str:
+    """What another limit costs or saves, or lets through; per ms where there are any."""
+    to = _limit(step.limit, step.to)
+    if step.served:
+        kind = "more" if step.served > 0 else "fewer"
+        cost = f" for {step.more:+.2f} $/h" if step.more else ""
+        return f"{to} serves {abs(step.served):.2g} requests/s {kind}{cost}"
+    if not step.more:
+        return f"{to} costs the same"
+    verb = "costs" if step.more > 0 else "saves"
+    said = f"{to} {verb} {abs(step.more):.2f} $/h"
+    if step.limit == "share":
+        return said
+    return f"{said} ({abs(step.more / (step.to - step.at)):.3f} per ms)"
+
+
+def _ways(ways: Suffices) -> Iterator[str]:
+    """The cheapest first; less of the rate is no way to serve it."""
+    found = [
+        (each.cost, " and ".join(_limit(name, _value(each, name)) for name in each.limits))
+        for each in ways.relaxed
+    ]
+    if ways.cost is not None:
+        more = ", ".join(f"{count} more {limit}" for limit, count in ways.gpus.items())
+        found.append((ways.cost, more))
+    for at, (cost, said) in enumerate(sorted(found)):
+        cheapest = " (the cheapest)" if at == 0 and len(found) > 1 else ""
+        yield f"to serve all: {said}: {cost:.2f} $/h in all{cheapest}"
+    if ways.rate:
+        yield f"as it is, {ways.rate:.0%} of the rate is served whole"
+    elif not found:
+        yield "no looser SLO, more GPUs or lower rate serves all"
+
+
+def _value(each: Relaxed, name: str) -> float:
+    return each.ttft_ms if name == "TTFT" else each.tpot_ms
 
 
 def _against(other: float | None, cost: float) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scheduler.profiles import Profile
     from scheduler.service_file import Demand, Key, Service
 
+MOST_MISSES = 0.5  # that may be planned for: beyond, head-room for chance would be less than none
 PLACES = 16.0  # assumed of a benchmark that does not say how many requests were under way
 
 
@@ -201,15 +202,17 @@ def _burst(demand: Demand, capacities: dict[str, Capacity]) -> float:
     return z * math.sqrt(demand.workload.dispersion / places)
 
 
-def with_slo(service: Service, *, ttft: float = 1.0, tpot: float = 1.0) -> Service:
-    """The same service with every SLO's limits multiplied."""
+def with_slo(
+    service: Service, *, ttft: float = 1.0, tpot: float = 1.0, misses: float = 1.0
+) -> Service:
+    """The same service with every SLO's limits, and the share that may miss them, multiplied."""
+
+    def scaled(slo: Slo) -> Slo:
+        return Slo(slo.ttft_ms * ttft, slo.tpot_ms * tpot, 1 - (1 - slo.share) * misses)
+
     return msgspec.structs.replace(
         service,
         demands=tuple(
-            msgspec.structs.replace(
-                demand,
-                slo=Slo(demand.slo.ttft_ms * ttft, demand.slo.tpot_ms * tpot, demand.slo.share),
-            )
-            for demand in service.demands
+            msgspec.structs.replace(demand, slo=scaled(demand.slo)) for demand in service.demands
         ),
     )

@@ -101,6 +101,7 @@ def test_explains_what_binds_and_what_would_suffice():
     assert 0 < why.suffices.rate < 1
     slower = text.replace("rate = 40", f"rate = {40 * why.suffices.rate}")
     assert planned(slower + '[plan]\ngpus = ["L4"]\n')[2].shed == {}
+    assert not why.suffices.relaxed  # what is short are GPUs
     said = "\n".join(explanation_lines(why, plan))
     assert "L4: 3 of 3 GPUs used" in said
     assert f"{more} more L4" in said
@@ -122,13 +123,36 @@ def test_explains_which_slo_would_serve_what_nothing_can():
     assert planned(relaxed + "tp = [1]\n")[2].shed == {}
 
 
+def test_each_way_to_serve_all_does_and_the_cheapest_is_named():
+    text = SLO + LLAMA + "rate = 8\n" + SIZES + '[plan]\ngpus = ["L4", "A10G"]\ntp = [1]\n'
+    text += '[[limit]]\ngpu = "L4"\ngpus = 6\n[[limit]]\ngpu = "A10G"\ngpus = 1\n'
+    service, built, plan = planned(text)
+    assert plan.shed
+    why = explain(service, built, plan, time.perf_counter)
+    (way,) = why.suffices.relaxed
+    assert way.limits == ("TPOT",)  # time for the first token is not what is short
+    assert planned(text.replace("= 60", f"= {way.tpot_ms}"))[2].shed == {}
+    assert planned(text.replace("= 60", f"= {way.tpot_ms * 0.9}"))[2].shed
+    more = text.replace("gpus = 1\n", f"gpus = {1 + why.suffices.gpus['A10G']}\n")
+    assert planned(more)[2].cost == pytest.approx(why.suffices.cost, rel=0.01)
+    (first,) = [line for line in explanation_lines(why, plan) if "the cheapest" in line]
+    assert f"{min(way.cost, why.suffices.cost):.2f} $/h" in first
+
+
 def test_a_looser_slo_saves_and_its_price_is_told():
     text = SLO.replace("= 60", "= 45") + LLAMA + "rate = 30\n" + SIZES
     service, built, plan = planned(text + '[plan]\ngpus = ["L4", "A10G"]\ntp = [1]\n')
     why = explain(service, built, plan, time.perf_counter)
-    tpot = next(each for each in why.slo if each.limit == "TPOT")
-    assert tpot.looser_ms == pytest.approx(4.5)
-    assert tpot.saving > 0
+    tighter, tpot = (each for each in why.slo if each.limit == "TPOT")
+    assert (tighter.to, tpot.to) == pytest.approx((40.5, 49.5))
+    assert tighter.served < 0 == tpot.served  # 40 ms are too few for any of these
+    assert tpot.more < 0
+    half, twice = (each for each in why.slo if each.limit == "share")
+    assert (half.to, twice.to) == pytest.approx((0.95, 0.8))
+    assert half.more >= 0 >= twice.more
+    said = "\n".join(explanation_lines(why, plan))
+    assert f"TPOT 50 ms saves {-tpot.more:.2f} $/h" in said
+    assert tpot.at == 45
     assert why.mixed_only is not None
     assert min(cost for cost in why.one_gpu.values() if cost is not None) >= plan.cost - 1e-6
 
