@@ -156,15 +156,23 @@ class Worker:
         step = self.cost.decode_step_s(running + more, self.context + context)
         return step / (1 - self.mixed(now))
 
-    def slack_s(self, tpot: float, now: float) -> float:
-        """Seconds that running choices may be held up, on the mean, and still keep their limits.
+    @property
+    def decode_s(self) -> float:
+        """Seconds of a step of those who run."""
+        return self.cost.decode_step_s(self.running + self.others_running, self.context)
 
-        A choice that decodes at a steady pace below its limit keeps the slack it began with.
-        """
-        if not self.limited:
-            return math.inf
-        gone = now * self.limited - self.started
-        return predict.slack_s(self.allowed, gone, self.limited_left * tpot, self.limited)
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step that it is in: with a piece of a prompt, if one waits."""
+        seconds = self.decode_s if self.running or self.others_running else 0.0
+        if self.queued:
+            tokens = sum(work.tokens for work in self.queued.values())
+            seconds += self.cost.token * min(tokens, self.step_tokens)
+        return seconds
+
+    def needed_s(self, tpot: float, now: float) -> float:
+        """Of the seconds that limits allow in all: those that are gone, and those to come."""
+        return now * self.limited - self.started + self.limited_left * tpot
 
     def room_s(self, tokens: float, choices: int, tpot: float) -> float:
         """Seconds until it has blocks for so many tokens more, and places for the choices.

@@ -19,7 +19,13 @@ HANDOVER_S = 0.002  # words between the two workers, apart from the KV cache
 LINK_WORK = 0.1  # of a core's time goes to a KV cache that is on the link, at each end
 TAIL = 1 / 16  # of a KV cache moves after a prefill with which the rest has moved
 SAFETY = 0.9  # of a limit: predictions err
-STALL = 2.0  # slack is a mean: so many times the stall keeps most of those who run in time
+ERROR = 0.1  # of a limit: the logistic scale of that error
+SECOND = 0.01  # of a request that is late: what a second weighs among routes in time, and beyond
+STEPS_TO_GRANT = 1.5  # until blocks are reserved: the rest of the step that runs, and the next
+STEPS_TO_RESUME = 0.5  # until a KV cache that has arrived is decoded: the rest of the step
+MARGIN = 1.05  # a hand-over between mixed workers must be better by so much: predictions err
+PACE_TOKENS = 12.0  # so many tokens later by a second each weigh as much as the first one
+ROLE = 2.0  # a decode worker is there to keep pace: what holds it up weighs so many times
 
 
 def token_s(cost: CostModel, running: float, context: float, chunk: int) -> float:
@@ -52,11 +58,6 @@ def slowing(share: float, stall: float) -> float:
     return (1 - share) / (1 - min(MOST_MIXED, share + stall / MIXING_S))
 
 
-def slack_s(allowed: float, gone: float, left: float, sequences: float) -> float:
-    """Seconds that each may be held up: of those allowed, what is neither gone nor needed."""
-    return (allowed - gone - left) / sequences
-
-
 def crowding(
     held: float, need: float, kv_tokens: float, running: float, more: float, places: float
 ) -> float:
@@ -75,9 +76,12 @@ def residual_s(left: float, outputs: float, running: float, tpot: float) -> floa
     return max(left, outputs / 2) / max(running, 1) * tpot
 
 
-def handed_tpot_s(tpot: float, exposed: float, tokens: float) -> float:
-    """TPOT where the KV cache is `exposed` on the link before the second of so many tokens."""
-    return tpot + (HANDOVER_S + exposed) / tokens
+def handed_tpot_s(tpot: float, exposed: float, tokens: float, step: float) -> float:
+    """TPOT where the KV cache is `exposed` on the link before the second of so many tokens.
+
+    `step`: of the worker that goes on, which takes it in between two.
+    """
+    return tpot + (HANDOVER_S + exposed + STEPS_TO_RESUME * step) / tokens
 
 
 def hidden_s(exposed: float, moving: float, computing: float) -> float:
@@ -86,12 +90,28 @@ def hidden_s(exposed: float, moving: float, computing: float) -> float:
     return left if left > tail else tail
 
 
-def lateness(seconds: float, limit: float) -> float:
-    """Relative: 0.5 is half a limit beyond it; 0 is in time."""
-    return seconds / limit - SAFETY if seconds > SAFETY * limit else 0.0
+def risk(share: float) -> float:
+    """The chance that what is predicted to take this share of its limit is late."""
+    return 1 / (1 + math.exp((1 - share) / ERROR))
 
 
-def harm(stall: float, slack: float, sequences: float, allowed: float) -> float:
-    """How late those who run would be after the stall, relative to what their limits allow."""
-    missing = STALL * stall - slack
-    return missing * sequences / allowed if missing > 0 and allowed else 0.0
+def made_late(sequences: float, used: float, more: float, allowed: float) -> float:
+    """How many of those who run would be late by `more` seconds in all, who were not.
+
+    By now they need `used` of the seconds that their limits allow in all: a mean stands for each.
+    """
+    return sequences * (risk((used + more) / allowed) - risk(used / allowed)) if allowed else 0.0
+
+
+def weight(ttft: float, tpot: float) -> float:
+    """Of a route where there are no limits, in seconds."""
+    return ttft + PACE_TOKENS * tpot
+
+
+def held_up(running: float, outputs: float, stall: float, each: float) -> float:
+    """The same of those who run: they stop for `stall` once, and for `each` in every step.
+
+    `outputs`: tokens that they will give in all.
+    """
+    mean = outputs / running if running else 0.0
+    return PACE_TOKENS * running * (stall / (mean if mean > 1 else 1.0) + each)

@@ -1,11 +1,12 @@
 """What a route would cost, and whether it would be in time: predictions on its very workers.
 
     TTFT = wait + uncached prompt tokens at that worker's rate           (prompt and queue)
+           + the steps until blocks are reserved, where it is handed over
     TPOT = a step with this request in it / share of time left by prompts
            + (KV cache on the link, as far as prefill does not hide it) / output tokens
     cost = seconds that the request adds to each worker · the price of a second there
-
-A route that holds up those who run there for longer than their slack is late too: see `_harm`.
+    toll = with limits: how many requests the route is expected to make late, itself and those who
+           decode where it goes; without: its own seconds and those that it takes from them
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from scheduler import predict
 from scheduler.cost import context_sum
 from scheduler.messages import Role
-from scheduler.predict import LINK_WORK, SAFETY, handed_tpot_s, harm, hidden_s, lateness
+from scheduler.predict import LINK_WORK, MARGIN, ROLE, SAFETY, SECOND, STEPS_TO_GRANT
 from scheduler.shares import MOST
 
 if TYPE_CHECKING:
@@ -51,6 +53,18 @@ class Demand:
         return self.prompt_tokens - known, context_sum(known, self.prompt_tokens)
 
 
+class Decoded(NamedTuple):
+    """The output on `worker`."""
+
+    worker: Worker
+    tpot: float
+    room: float  # seconds until it can be taken in
+    step: float  # seconds of the step that the worker is in
+    used: float  # seconds that those who run with limits need in all, beside it
+    toll: float  # of those who run
+    cost: float
+
+
 class Prompted(NamedTuple):
     """The prompt on `worker`."""
 
@@ -58,28 +72,18 @@ class Prompted(NamedTuple):
     ttft: float
     wait: float  # of it, what goes by before the prompt begins
     stall: float  # how long it holds up those who decode there
-    cost: float
-
-
-class Decoded(NamedTuple):
-    """The output on `worker`."""
-
-    worker: Worker
-    tpot: float
-    room: float  # seconds until it can be taken in
-    slack: float  # of those who run there, seconds
+    toll: float  # of these
     cost: float
 
 
 class Price(NamedTuple):
-    """Of one route. `late` is relative: 0.5 is half a limit beyond it; 0 is in time."""
+    """Of one route."""
 
-    late: float
+    toll: float
     cost: float
     ttft: float
     tpot: float
     wait: float  # of the TTFT, what goes by before the prompt begins
-    others: float  # seconds that those who decode already lose by this prompt, in all
     prefill: Worker
     decode: Worker
 
@@ -91,37 +95,47 @@ class Pricer:
         self._demand = demand
         self._now = now
         output, choices = demand.output_tokens, demand.choices
+        self._limited = demand.limited
         self._each = max(output - 1, 1.0)  # tokens of a choice after its first
         self._tokens = 0.0 if demand.prefill_only else self._each * choices
         self._length = demand.prompt_tokens + output / 2  # of a choice, on the mean
         self._need = demand.prompt_tokens + choices * output
         self._ttft, self._tpot = SAFETY * demand.ttft_s, SAFETY * demand.tpot_s
 
-    def prompted(self, worker: Worker) -> Prompted:
+    def decoded(self, worker: Worker) -> Decoded:
+        if not self._tokens:
+            return Decoded(worker, 0.0, 0.0, worker.step_s, 0.0, 0.0, 0.0)
+        choices, cost, now = self._demand.choices, worker.cost, self._now
+        own = cost.sequence + cost.context * self._length
+        more, alone, busy = choices * own, worker.decode_s, 1 - worker.mixed(now)
+        tpot = (alone + more) / busy
+        used = toll = 0.0
+        if not self._limited:
+            toll = predict.held_up(worker.running, worker.outputs, 0.0, more / busy)
+        elif worker.limited:
+            before = worker.needed_s(alone / busy, now)
+            used = worker.needed_s(tpot, now)
+            toll = predict.made_late(worker.limited, before, used - before, worker.allowed)
+        room = worker.room_s(self._need, choices, tpot) + worker.stalled_s(now)
+        cost_s = self._price(worker) * self._tokens * own
+        return Decoded(worker, tpot, room, worker.step_s, used, toll, cost_s)
+
+    def prompted(self, worker: Worker, output: Decoded | None) -> Prompted:
+        """`output`: on the same worker, if it decodes."""
         tokens, attended = self._demand.work(worker)
         cost = worker.cost
         wait = worker.wait_s(self._demand.rank, self._now)
         attention = cost.attend * attended
-        return Prompted(
-            worker,
-            wait + worker.prompt_s(tokens, attended),
-            wait,
-            cost.token * tokens + attention,
-            self._price(worker) * (tokens * worker.token_s + attention),
-        )
-
-    def decoded(self, worker: Worker) -> Decoded:
-        if not self._tokens:
-            return Decoded(worker, 0.0, 0.0, math.inf, 0.0)
-        choices, cost = self._demand.choices, worker.cost
-        tpot = worker.tpot_s(choices, choices * self._length, self._now)
-        return Decoded(
-            worker,
-            tpot,
-            worker.room_s(self._need, choices, tpot) + worker.stalled_s(self._now),
-            worker.slack_s(tpot, self._now),
-            self._price(worker) * self._tokens * (cost.sequence + cost.context * self._length),
-        )
+        stall, toll = cost.token * tokens + attention, 0.0
+        if output and not self._limited:
+            weight = ROLE * stall if worker.role is Role.DECODE else stall
+            toll = predict.held_up(worker.running, worker.outputs, weight, 0.0)
+        elif output and worker.limited:
+            count = worker.limited
+            toll = predict.made_late(count, output.used, stall * count, worker.allowed)
+        price = self._price(worker) * (tokens * worker.token_s + attention)
+        ttft = wait + worker.prompt_s(tokens, attended)
+        return Prompted(worker, ttft, wait, stall, toll, price)
 
     # The queue of prompts goes by while there comes room: of the two waits the longer counts.
 
@@ -134,9 +148,8 @@ class Pricer:
             # What slows it down are prompts like this one: without its own share, a decode worker
             # that computes prompts would never look faster to those that are computed elsewhere.
             tpot *= worker.slowing(prompt.stall, self._now)
-        late = self._late(ttft, tpot) + _harm(output, prompt.stall)
-        others = prompt.stall * worker.running
-        return Price(late, cost, ttft, tpot, wait, others, worker, worker)
+        toll = self.toll(ttft, tpot) + prompt.toll + output.toll
+        return Price(toll, cost, ttft, tpot, wait, worker, worker)
 
     def split(self, prompt: Prompted, output: Decoded) -> Price:
         """On two: blocks on the decode worker are reserved before prefill begins."""
@@ -146,16 +159,18 @@ class Pricer:
         moving = size / rate
         exposed = max(prefill.moving, decode.moving) / rate + moving
         if prefill.overlaps:
-            exposed = hidden_s(exposed, moving, prompt.ttft - prompt.wait)
+            exposed = predict.hidden_s(exposed, moving, prompt.ttft - prompt.wait)
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
-        ttft, tpot = prompt.ttft + room, handed_tpot_s(output.tpot, exposed, self._each)
+        ttft = prompt.ttft + room + STEPS_TO_GRANT * output.step
+        tpot = predict.handed_tpot_s(output.tpot, exposed, self._each, output.step)
         link = LINK_WORK * moving * (self._price(prefill) + self._price(decode))
         cost = prompt.cost + output.cost + link
         if Role.MIXED in (prefill.role, decode.role):
             cost *= MOST  # no plan has such a route
-        late = self._late(ttft, tpot) + _harm(output, 0.0)
-        others = prompt.stall * prefill.running
-        return Price(late, cost, ttft, tpot, prompt.wait + room, others, prefill, decode)
+        toll = self.toll(ttft, tpot) + prompt.toll + output.toll
+        if prefill.role is decode.role:
+            toll *= MARGIN
+        return Price(toll, cost, ttft, tpot, prompt.wait + room, prefill, decode)
 
     def possible(self, workers: Iterable[Worker]) -> bool:
         """Whether one of these would keep the limits if it were idle."""
@@ -170,18 +185,17 @@ class Pricer:
 
     def late_s(self, price: Price) -> float:
         """Seconds until this route would be in time: its queue falls, or one of its batch ends."""
-        queue = max(0.0, price.ttft - self._ttft)
-        if price.late <= 0 or queue > 0:
-            return queue
+        if price.ttft > self._ttft:
+            return price.ttft - self._ttft
         return price.decode.residual_s(price.tpot) / max(price.decode.running, 1)
+
+    def toll(self, ttft: float, tpot: float = 0.0) -> float:
+        """Its own part."""
+        weight = predict.weight(ttft, tpot)
+        if not self._limited:
+            return weight
+        demand, risk = self._demand, predict.risk
+        return risk(ttft / demand.ttft_s) + risk(tpot / demand.tpot_s) + SECOND * weight
 
     def _price(self, worker: Worker) -> float:
         return worker.price(self._demand.prompt_tokens, self._now)
-
-    def _late(self, ttft: float, tpot: float) -> float:
-        return lateness(ttft, self._demand.ttft_s) + lateness(tpot, self._demand.tpot_s)
-
-
-def _harm(output: Decoded, stall: float) -> float:
-    """How late those who run there would be, relative to their limits; 0 if they would not be."""
-    return harm(stall, output.slack, output.worker.limited, output.worker.allowed)

@@ -1,10 +1,10 @@
 """Which workers take a request: a pure function of what the router knows.
 
 Candidates are priced (`scheduler.pricing`) on the very workers that they would use: whole on a
-mixed worker, whole on a decode worker, prefill on one and decode on another. Of those that keep the
-limits of the request and of all who already run there the cheapest wins, and without a plan's
-prices the one whose queue is shortest; without limits the soonest done. If none keeps them the
-request is refused, with the time after which one will; where no idle worker could keep them
+mixed worker, whole on a decode worker, prefill on one and decode on another. The least toll wins:
+what the route costs the request and all who already run there. With limits and a plan's prices it
+is the cheapest of those that hardly make anybody late. A request that would make as many late as it
+serves is refused, with the time after which it will not; where no idle worker could keep its limits
 either, the least late route serves it. `POLICIES` has simpler rules to compare with.
 """
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar
 
 from scheduler.errors import Unavailable
 from scheduler.messages import Role
-from scheduler.predict import SAFETY
 from scheduler.pricing import Pricer
 from scheduler.request import FIRST_COME, Turn
 from scheduler.shares import rounded
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
     from scheduler.pricing import Decoded, Demand, Price, Prompted
 
 MAX_WAIT_S = 300.0  # a predicted wait for the first token that nobody is asked to sit out
-PAIRED = 5  # workers at each end of a hand-over that are priced in pairs
+IN_TIME = 0.5  # requests expected to be late by a route that is still taken for its price
+HOPELESS = 1.0  # requests expected to be late: serving it gains no more than it loses
+PAIRED = 3  # workers at each end of a hand-over that are priced in pairs
 
 Degraded = Literal["no_prefill", "no_decode"]
 
@@ -113,21 +114,20 @@ def _lanes(demand: Demand, workers: Sequence[Worker]) -> Lanes:
 def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) -> Chosen:
     """The cheapest in time. Raises Unavailable (429) if all would only be made late."""
     pricer = Pricer(demand, now)
-    prompts = {worker: pricer.prompted(worker) for worker in lanes.decode}
     outputs = [pricer.decoded(worker) for worker in lanes.decode]
+    prompts = {output.worker: pricer.prompted(output.worker, output) for output in outputs}
     prices = [pricer.whole(prompts[output.worker], output) for output in outputs]
     if lanes.prefill:
-        senders = [prompts.get(worker) or pricer.prompted(worker) for worker in lanes.prefill]
+        senders = [prompts.get(worker) or pricer.prompted(worker, None) for worker in lanes.prefill]
+        receivers = _best(outputs, key=lambda output: output.toll + pricer.toll(0.0, output.tpot))
         prices += [
             pricer.split(prompt, output)
-            for prompt in _best(senders, key=lambda prompt: prompt.ttft)
-            for output in _best(outputs, key=lambda output: output.tpot)
+            for prompt in _best(senders, key=lambda prompt: prompt.toll + pricer.toll(prompt.ttft))
+            for output in receivers
             if prompt.worker.may_hand_to(output.worker)
         ]
-    best = min(prices, key=_in_time if demand.limited else _soonest(demand))
-    # A pace is a mean over the whole output: one that is too slow for a moment evens out.
-    hopeless = best.ttft > SAFETY * demand.ttft_s or best.late > 1 - SAFETY
-    if hopeless and pricer.possible(lanes.decode):
+    best = min(prices, key=_by_plan if demand.limited else _by_toll)
+    if demand.limited and best.toll > HOPELESS and pricer.possible(lanes.decode):
         raise _overload(min(pricer.late_s(price) for price in prices))
     if best.wait > MAX_WAIT_S:
         raise _overload(min(price.wait for price in prices) - MAX_WAIT_S)
@@ -139,19 +139,15 @@ def _best(ends: list[End], key: Callable[[End], float]) -> list[End]:
     return ends if len(ends) <= PAIRED else sorted(ends, key=key)[:PAIRED]
 
 
-def _in_time(price: Price) -> tuple[float | str, ...]:
-    ends = price.prefill.name, price.decode.name
-    return price.late, rounded(price.cost), price.wait, price.others, price.tpot, *ends
+def _by_plan(price: Price) -> tuple[bool, int, float, str, str]:
+    """The cheapest in time, else whoever makes the fewest late."""
+    risky = price.toll > IN_TIME
+    cost = 0 if risky else rounded(price.cost)
+    return risky, cost, price.toll, price.prefill.name, price.decode.name
 
 
-def _soonest(demand: Demand) -> Callable[[Price], tuple[float, str, str]]:
-    tokens = max(demand.output_tokens - 1, 0)
-
-    def rank(price: Price) -> tuple[float, str, str]:
-        seconds = price.ttft + tokens * price.tpot + price.others
-        return seconds, price.prefill.name, price.decode.name
-
-    return rank
+def _by_toll(price: Price) -> tuple[float, str, str]:
+    return price.toll, price.prefill.name, price.decode.name
 
 
 def _overload(seconds: float) -> Unavailable:

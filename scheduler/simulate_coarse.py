@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scheduler.fleet import SAMPLE, SHORTLIST
-from scheduler.predict import TAIL
+from scheduler.predict import STEPS_TO_GRANT, TAIL
 from scheduler.simulate_lane import Lane, Prompt
 from scheduler.simulate_market import Market
 from scheduler.simulate_spec import Outcome, Timing, check_requests, check_workers
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from scheduler.simulate_market import Book
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
-
-STEPS_TO_GRANT = 1.5  # the rest of the one that is running, on the mean, and the next
 
 
 def simulate_coarse(

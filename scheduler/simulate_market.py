@@ -17,8 +17,8 @@ from scheduler import predict
 from scheduler.cost import context_sum
 from scheduler.forecast import Forecast
 from scheduler.messages import Role
-from scheduler.predict import LINK_WORK, MIXING_S, SAFETY, harm, lateness
-from scheduler.routing import MAX_WAIT_S, PAIRED
+from scheduler.predict import LINK_WORK, MARGIN, MIXING_S, ROLE, SAFETY, SECOND, STEPS_TO_GRANT
+from scheduler.routing import HOPELESS, IN_TIME, MAX_WAIT_S, PAIRED
 from scheduler.shares import MOST, Allowance, rounded
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-# late, cost, wait, what others lose, TPOT and TTFT; without limits seconds in all, 0 and wait
+# whether it is risky, cost, toll, wait
 Price = tuple[float, ...]
 NEVER: Price = (math.inf,)
 
@@ -119,7 +119,9 @@ class Book:
     share: float = 0.0  # of the time that goes to prompts
     tpot: float = 0.0
     room: float = 0.0
-    slack: float = math.inf
+    used: float = 0.0  # see `pricing.Decoded`
+    limits: float = 0.0  # seconds that they allow in all
+    toll: float = 0.0
 
     def changed(self) -> None:
         """Its batch did."""
@@ -184,7 +186,7 @@ class Market:
                 price = self._split(sender, book, ask)
                 if price < best:
                     best, prefill, decode = price, sender, book
-        if best[2] > MAX_WAIT_S or self._refused(best, receivers, ask):
+        if best[3] > MAX_WAIT_S or self._refused(best, receivers, ask):
             return None
         assert prefill, "whoever decodes may also compute the prompt"
         self._enter(number, ask, prefill, decode)
@@ -235,7 +237,7 @@ class Market:
 
     def _refused(self, best: Price, receivers: list[Book], ask: Request) -> bool:
         """Whether it would only be made late, and an idle worker could keep its limits."""
-        late = self._limited and (best[-1] > SAFETY * self._ttft or best[0] > 1 - SAFETY)
+        late = self._limited and best[2] > HOPELESS
         return late and any(book.kind.possible(ask, self._ttft, self._tpot) for book in receivers)
 
     def _enter(self, number: int, ask: Request, prefill: Book, decode: Book) -> None:
@@ -253,7 +255,7 @@ class Market:
         self._entries[number] = Entry(decode, ask.length, ask.need, ask.each)
 
     def _decoded(self, book: Book, ask: Request) -> None:
-        """The output there: its TPOT, room for it, and what those who run can spare."""
+        """The output there: its TPOT, room for it, and what those who run need of their limits."""
         lane, now, running = book.lane, ask.now, book.running
         book.share = predict.mixed(book.mixed, now - book.mixed_at)
         book.tpot = tpot = (book.step_s + book.kind.own) / (1 - book.share)
@@ -271,12 +273,16 @@ class Market:
             )
             if crowding:
                 book.room = crowding * predict.residual_s(left, book.outputs, running, tpot)
-        if self._limited and book.begun:
+        book.toll = 0.0
+        if not self._limited:
+            own = book.kind.own / (1 - book.share)
+            book.toll = predict.held_up(running, book.outputs, 0.0, own)
+        elif book.begun:
             gone = now * book.begun - book.started
-            more = self._tpot * (book.over * step - book.over_sum)
-            book.slack = predict.slack_s(book.allowed + more, gone, left * tpot, book.begun)
-        else:
-            book.slack = math.inf
+            before = gone + left * book.step_s / (1 - book.share)
+            book.used = gone + left * tpot
+            book.limits = book.allowed + self._tpot * (book.over * step - book.over_sum)
+            book.toll = predict.made_late(book.begun, before, book.used - before, book.limits)
 
     def _overdue(self, book: Book, step: float) -> None:
         """Those that were expected to have ended by this step."""
@@ -293,16 +299,12 @@ class Market:
     def _whole(self, book: Book, ask: Request) -> Price:
         """As `Pricer.whole`."""
         kind, wait, ttft, tpot = book.kind, book.wait, book.ttft, book.tpot
-        others = kind.stall * book.running
         if book.room > wait:
             ttft, wait = ttft + book.room - wait, book.room
-        if not self._limited:
-            return ttft + ask.each * tpot + others, 0.0, wait
         if not book.takes:
             tpot *= predict.slowing(book.share, kind.stall)
-        late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
-        late += harm(kind.stall, book.slack, book.begun, book.allowed)
-        return late, kind.cost, wait, others, tpot, ttft
+        toll = self._own_toll(ttft, tpot) + self._stop(book) + book.toll
+        return self._price(toll, kind.cost, wait)
 
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
         """As `Pricer.split`."""
@@ -316,18 +318,41 @@ class Market:
             exposed = predict.hidden_s(exposed, moving, ttft - wait)
         if decode.room > wait:
             ttft, wait = ttft + decode.room - wait, decode.room
-        tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each)
-        others = prefill.kind.stall * prefill.running
-        if not self._limited:
-            return ttft + ask.each * tpot + others, 0.0, wait
-        late = lateness(ttft, self._ttft) + lateness(tpot, self._tpot)
-        late += harm(0.0, decode.slack, decode.begun, decode.allowed)
+        step = decode.step_s if decode.running else 0.0
+        queued = decode.lane.queued
+        if queued:
+            most = receiver.max_step_tokens
+            step += receiver.cost.token * (queued if queued < most else most)
+        tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each, step)
+        toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot)
+        toll += self._stop(prefill) + decode.toll
+        if sender.role is receiver.role:
+            toll *= MARGIN
         cost = 0
         if prefill.kind.allowance or decode.kind.allowance:
             link = LINK_WORK * moving * (prefill.kind.price + decode.kind.price)
             dollars = prefill.kind.prompt_cost + decode.kind.output_cost + link
             cost = rounded(dollars * MOST if decode.takes or prefill.gives else dollars)
-        return late, cost, wait, others, tpot, ttft
+        return self._price(toll, cost, wait)
+
+    def _price(self, toll: float, cost: int, wait: float) -> Price:
+        """In the order of routing's `_by_plan` or `_by_toll`."""
+        risky = not self._limited or toll > IN_TIME
+        return risky, 0 if risky else cost, toll, wait
+
+    def _own_toll(self, ttft: float, tpot: float) -> float:
+        """As `Pricer.toll`."""
+        weight = predict.weight(ttft, tpot)
+        if not self._limited:
+            return weight
+        return predict.risk(ttft / self._ttft) + predict.risk(tpot / self._tpot) + SECOND * weight
+
+    def _stop(self, book: Book) -> float:
+        """The toll of those who run there while the prompt is computed."""
+        if not self._limited:
+            weight = book.kind.stall if book.takes else ROLE * book.kind.stall
+            return predict.held_up(book.running, book.outputs, weight, 0.0)
+        return predict.made_late(book.begun, book.used, book.kind.stall * book.begun, book.limits)
 
 
 def _prompted(book: Book, ask: Request) -> None:
