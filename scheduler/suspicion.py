@@ -1,15 +1,15 @@
 """When a worker counts as lost though its connection stands: it is silent, or it stands still.
 
 A connection that breaks says so at once; a host that stops, or a network that parts, says nothing.
-Silence is what the watcher itself lived through: it counts at most MOST_LOOK_S for each look, so a
-router that was stopped, or starved of CPU, does not take all its workers for dead. A worker whose
-words come in fits and starts gets more patience, learned from its own longest pauses.
+Silence is counted in the watcher's own looks: one that comes late counts no more than one in time,
+because what makes the watcher late (a host with more work than CPU, a stopped router) makes workers
+late as well. A worker whose words come in fits and starts gets more patience, learned from its own
+longest pauses.
 """
 
 from __future__ import annotations
 
 LOOK_S = 0.125  # between two looks
-MOST_LOOK_S = 2 * LOOK_S
 SUSPECT_S = 1.0  # patience with a worker that speaks regularly: four heartbeats
 MOST_PATIENCE_S = 5.0
 SLACK = 1.5  # patience is so many times the longest pause of late
@@ -36,7 +36,7 @@ class Suspicion:
 
     def look(self, *, heard: bool, elapsed: float) -> bool:
         """Was anything heard in the `elapsed` seconds since the last look? True: it is lost."""
-        self.silence += min(elapsed, MOST_LOOK_S)
+        self.silence += min(elapsed, LOOK_S)
         lost = not heard and self.silence >= self.patience
         if heard or lost:  # a pause has ended, or it is one too long: both are remembered
             self._longest = max(self._longest * DECAY, self.silence)

@@ -84,6 +84,15 @@ def test_a_watcher_that_was_itself_stopped_blames_nobody():
     assert not suspicion.look(heard=True, elapsed=LOOK_S)
 
 
+@pytest.mark.parametrize("elapsed", [LOOK_S, 2 * LOOK_S, 8 * LOOK_S])
+def test_on_a_host_that_makes_us_late_a_worker_may_be_late_too(elapsed):
+    """So many looks in vain are a loss, however long they took."""
+    suspicion, looks = talking(), 1
+    while not suspicion.look(heard=False, elapsed=elapsed):
+        looks += 1
+    assert looks * LOOK_S == SUSPECT_S
+
+
 def test_a_worker_stands_still_while_it_has_work_and_takes_no_step():
     progress, still = Progress(), []
     for steps, busy, now in [

@@ -168,8 +168,8 @@ async def test_whoever_does_not_introduce_itself_is_left(routing):
 @pytest.fixture
 def impatient(monkeypatch):
     """Members look a hundred times as often, and lose patience sooner."""
-    monkeypatch.setattr(members_module, "LOOK_S", suspicion.LOOK_S / 100)
-    monkeypatch.setattr(suspicion, "MOST_LOOK_S", suspicion.MOST_LOOK_S / 100)
+    monkeypatch.setattr(members_module, "LOOK_S", members_module.LOOK_S / 100)
+    monkeypatch.setattr(suspicion, "LOOK_S", suspicion.LOOK_S / 100)
     monkeypatch.setattr(suspicion, "SUSPECT_S", suspicion.SUSPECT_S / 10)
 
 
