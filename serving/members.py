@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scheduler import cost
+from scheduler.admission import objection, remark
 from scheduler.breaker import Breaker, State
 from scheduler.errors import ProtocolError
 from scheduler.fleet import Fleet, Worker
@@ -145,7 +146,8 @@ class Members:
         """One worker's membership: for `transport.listen`."""
         async with asyncio.timeout(10):
             join = await connection.expect(Join)
-        if reason := self._objection(join) or await self._name_taken(join):
+        others = [m.join for m in self.of(join.model) if m.join.name != join.name]
+        if reason := objection(join, others) or await self._name_taken(join):
             await connection.send(Refused(reason))
             raise ProtocolError(f"worker {join.name} may not join: {reason}")
         connection.hears(ToRouter)
@@ -162,6 +164,8 @@ class Members:
             self.revision += 1
             self.fleet(join.model).add(member.worker)
             logger.info("worker %s joined: %s, %s", join.name, join.model, join.role)
+            if said := remark(join, others):
+                logger.warning("worker %s: %s", join.name, said)
             async with self._changed:
                 self._changed.notify_all()
             helpers.append(asyncio.create_task(self._watch(member)))
@@ -170,24 +174,6 @@ class Members:
             for helper in helpers:
                 helper.cancel()
             self._remove(member)
-
-    def _objection(self, join: Join) -> str | None:
-        """Why this worker may not join, or None."""
-        for other in (member.join for member in self.of(join.model)):
-            if other.name == join.name:
-                continue
-            if other.numbers and join.numbers and other.numbers != join.numbers:
-                return (
-                    f"it computes {join.model!r} in {join.numbers}, which differs from "
-                    f"{other.name}'s {other.numbers}. Start it with the same file, --mode, "
-                    "--quantize and --kv-dtype, or under another model name."
-                )
-            if other.fingerprint != join.fingerprint:
-                return (
-                    f"its tokenizer, template or shape of {join.model!r} differs from "
-                    f"{other.name}'s. Start it from the same model files."
-                )
-        return None
 
     async def _name_taken(self, join: Join) -> str | None:
         """Why this worker may not have its name, or None.

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from kernels.kv_rows import KV_TYPES
+from scheduler.admission import same_model
 from scheduler.errors import BadRequest, HandoffFailed, ProtocolError
 from scheduler.messages import (
     Again,
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
     from workers.kv_cache import KvCache
 
 logger = logging.getLogger(__name__)
-
-
-def _model(fingerprint: str) -> str:
-    """A worker's fingerprint without the type of its KV, which we can convert."""
-    model, _, dtype = fingerprint.rpartition(":")
-    return model if dtype in KV_TYPES else fingerprint
 
 
 def _memory_for(reserve: Reserve) -> OwnMemory | None:
@@ -112,7 +106,7 @@ class KvReceiver:
         key = (job.id, job.epoch)
         if reserve.checksums and not intact(reserve):
             raise ProtocolError("a reservation was damaged on its way")
-        if _model(reserve.fingerprint) != _model(self._fingerprint) or job.prompt.ids is None:
+        if not same_model(reserve.fingerprint, self._fingerprint) or job.prompt.ids is None:
             raise HandoffFailed("the two workers do not run the same model and tokenizer")
         if key in self._cancelled:  # the router's word came sooner than the prefill worker's
             raise HandoffFailed("the request was cancelled")
