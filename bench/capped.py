@@ -2,8 +2,10 @@
 
 Caps are those of control groups (v1's cpu controller, as root), in periods of 10 ms: shorter than
 most steps, so that a capped worker is like a slow core and not like a fast one that pauses. Their
-shares are large, so that the cap decides and not what else the machine does. The processes run at
-the usual priority also where the bench itself has real time: caps hold for nothing else.
+shares are large, so that the cap decides and not what else the machine does, and each stays on one
+core: the kernel gives quota away per core, and could leave a thread without any for many periods.
+The processes run at the usual priority also where the bench itself has real time: caps hold for
+nothing else.
 """
 
 from __future__ import annotations
@@ -177,11 +179,13 @@ async def cluster(boxes: Sequence[Box], *options: str) -> AsyncIterator[Cluster]
         shape = ("--prefill", "0", "--decode", "0", "--port", str(http), "--cluster", join)
         router = stack.enter_context(group("router", None))
         stack.enter_context(_process(("serve", MODEL, *shape, *options), inside=router))
-        for box in boxes:
+        cores = sorted(os.sched_getaffinity(0))
+        for number, box in enumerate(boxes):
+            core = cores[number % len(cores)]
             words = ("--role", box.role, "--name", box.name, "--join", join, *box.options)
             engine = ("--threads", "1", "--kv-tokens", "16384", "--no-speculation")
             worker = ("worker", MODEL, *words, *engine)
-            stack.enter_context(_process(worker, inside=groups[box.name]))
+            stack.enter_context(_process(worker, inside=groups[box.name], core=core))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             it = Cluster(f"http://127.0.0.1:{http}", groups, session)
             await it.ready()
@@ -189,10 +193,12 @@ async def cluster(boxes: Sequence[Box], *options: str) -> AsyncIterator[Cluster]
 
 
 @contextmanager
-def _process(words: tuple[str, ...], inside: Path) -> Iterator[None]:
+def _process(words: tuple[str, ...], inside: Path, core: int | None = None) -> Iterator[None]:
     """`motley WORDS`, from its first instruction in the control group."""
     enter = f'echo $$ > {inside}/cgroup.procs && exec "$@"'
-    command = ["chrt", "--other", "0", "sh", "-c", enter, "sh", sys.executable, "-m", "motley"]
+    place = ["taskset", "--cpu-list", str(core)] if core is not None else []
+    start = ["sh", "-c", enter, "sh", sys.executable, "-m", "motley"]
+    command = ["chrt", "--other", "0", *place, *start]
     environment: dict[str, Any] = os.environ | {"MOTLEY_SECRET": "of this bench"}
     process = subprocess.Popen(
         [*command, *words], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL

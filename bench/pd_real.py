@@ -1,6 +1,6 @@
 """Whether splitting prefill from decode pays, for real: two SmolLM2 workers of half a core each.
 
-Requests are those of a slice of the Azure code trace: its sizes with prompts an eighth as long, its
+Requests are those of a slice of the Azure code trace: its sizes with prompts a sixteenth as long, its
 arrivals faster or slower to the rate that is wanted. Limits: TTFT five times a lone prefill
 of the mean prompt, TPOT 1.5 times a lone step. By arm:
 
@@ -33,9 +33,9 @@ from capped import Box, Request, can_cap, cluster, highest, told
 
 TRACE = Path(__file__).parents[1] / "loadtest" / "traces" / "azure2023_code_0_1200s.csv"
 CORES = 0.5
-SHORTER = 8  # times: prompts of the trace
+SHORTER = 16  # times: prompts of the trace
 OUTPUTS = 128  # tokens at most
-MEAN = 256  # tokens of the prompt that the limit on TTFT is about
+MEAN = 128  # tokens of the prompt that the limit on TTFT is about
 BEGIN_S = 60.0  # of the trace: where the slice starts
 SLACK = 5.0, 1.5
 BOUNDS = (None, 3.0)  # of --itl-bound-ms, in lone steps
@@ -142,7 +142,7 @@ def main() -> None:
     )
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="at each rate (default 10)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="at each rate (default 15)")
     parser.add_argument(
         "--limits", type=float, nargs=2, metavar="MS", help="TTFT and TPOT (default: measured)"
     )
