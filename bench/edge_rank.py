@@ -121,8 +121,7 @@ def timed_step(runner: GroupRunner, sequences: list[Sequence]) -> float:
 def streamed(runner: GroupRunner) -> int:
     """Bytes that this rank has read for steps so far."""
     part = runner.part
-    stream = part.shard.stream if isinstance(part, FastPart) and part.shard else None
-    return stream.bytes_read if stream else 0
+    return part.shard.bytes_read if isinstance(part, FastPart) and part.shard else 0
 
 
 if __name__ == "__main__":

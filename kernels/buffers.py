@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,26 @@ class Routing:
         self._start = aligned(experts + 1, np.int32)
         arrays = (self.chosen, self.weights, self._place, self._start)
         self.struct = RoutingStruct(experts, used, *(array.ctypes.data for array in arrays))
+
+    def part(self) -> Routing:
+        """The same rows and weights; who goes where is what `restrict` leaves of it."""
+        part = copy(self)
+        part._start = aligned(self.experts + 1, np.int32)
+        shared = (self.chosen, self.weights, self._place)
+        arrays = (*shared, part._start)
+        part.struct = RoutingStruct(
+            self.experts, self.used, *(array.ctypes.data for array in arrays)
+        )
+        return part
+
+    def restrict(self, whole: Routing, experts: range) -> None:
+        """Of the routing that this is a part of, only what goes to these experts."""
+        start = whole._start
+        np.clip(start, start[experts.start], start[experts.stop], out=self._start)
+
+    def rows_of(self, expert: int) -> int:
+        """How many copies of rows go to this expert, once they are grouped (Program.spread)."""
+        return int(self._start[expert + 1] - self._start[expert])
 
 
 def aligned(count: int, dtype: Any) -> Array:

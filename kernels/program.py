@@ -146,7 +146,8 @@ class Program:
         self._ops: list[Op] = []
         self._array: Any = None
         self._kept: list[Any] = []  # what the operations point to
-        self._calls: list[tuple[int, Callable[[int], None]]] = []  # operations before each
+        self._copies = 1  # of each row, that the next operation works on
+        self._calls: list[tuple[int, int, Callable[[int], None]]] = []  # operations before; copies
 
     # Buffers
 
@@ -256,6 +257,7 @@ class Program:
         """out [T · used, D] = x's rows [T, D] by expert; what follows works on T · used rows."""
         self._add("group", (routing.struct,), routing)
         self._add("spread", (x.pointer, out.pointer, routing.struct, x.width), x, out)
+        self._copies = routing.used
 
     def expert_matmul(
         self,
@@ -280,6 +282,7 @@ class Program:
         """out [T, D] = weighted sums of x [T · used, D], or +=; what follows works on T rows."""
         fields = (x.pointer, out.pointer, routing.struct, out.width, int(add))
         self._add("combine", fields, x, out)
+        self._copies = 1
 
     def sum(self, values: Array, out: Array) -> None:
         """out = sums of `values`, float32 each, 2^18 at a time: the fastest reading of memory."""
@@ -289,7 +292,7 @@ class Program:
 
     def call(self, function: Callable[[int], None]) -> None:
         """Between the operations before it and those after it call `function(T)`, in Python."""
-        self._calls.append((len(self._ops), function))
+        self._calls.append((len(self._ops), self._copies, function))
 
     def run(self, tokens: Sequence[int], spans: Sequence[Span], drawn: Sequence[int]) -> None:
         """Run everything for one step's tokens; every row is in exactly one span.
@@ -318,10 +321,10 @@ class Program:
             drawn_rows.ctypes.data,
         )
         done = 0
-        for end, function in self._calls:
+        for end, copies, function in self._calls:
             self._run(done, end, batch)
             function(len(tokens))
-            done = end
+            done, batch.rows = end, copies * len(tokens)
         self._run(done, len(self._ops), batch)
 
     def _run(self, first: int, end: int, batch: BatchStruct) -> None:

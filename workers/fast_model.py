@@ -18,7 +18,7 @@ from workers.weights.quantise import quantise
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kernels.buffers import Acts, Floats
+    from kernels.buffers import Acts, Floats, Routing
     from scheduler.models import ModelShape
     from workers.kv_cache import KvCache
     from workers.weights.checkpoint import Weights
@@ -164,21 +164,24 @@ class FastModel:
         program.spread(self._normed, routing, self._copies)
         gate_up = self._expert_gate_up
         gate, up = gate_up.columns(0, ffn), gate_up.columns(ffn, 2 * ffn)
-        program.expert_matmul(self._each(layer, "gate_proj"), self._copies, routing, gate)
-        program.expert_matmul(self._each(layer, "up_proj"), self._copies, routing, up, wait=False)
+        prefix = f"{layer}mlp.experts"
+        self._expert_products(prefix, "gate_proj", self._copies, routing, gate)
+        self._expert_products(prefix, "up_proj", self._copies, routing, up)
         program.silu_mul(gate_up, self._expert_inner)
-        down = self._each(layer, "down_proj")
-        program.expert_matmul(down, self._expert_inner, routing, self._expert_out)
+        self._expert_products(prefix, "down_proj", self._expert_inner, routing, self._expert_out)
         if self._combine is None:
             program.combine(self._expert_out, routing, self.x, add=True)
         else:
             program.combine(self._expert_out, routing, self._part)
             program.call(self._add_parts)
 
-    def _each(self, layer: str, name: str) -> list[Matrix]:
-        """A matrix of every expert."""
+    def _expert_products(
+        self, prefix: str, name: str, x: Acts, routing: Routing, out: Floats
+    ) -> None:
+        """out = each copy · its expert's matrix of this name; up_proj may go beside gate_proj."""
         experts = range(self.shape.experts)
-        return [self._matrix(f"{layer}mlp.experts.{expert}.{name}.weight") for expert in experts]
+        matrices = [self._matrix(f"{prefix}.{expert}.{name}.weight") for expert in experts]
+        self.program.expert_matmul(matrices, x, routing, out, wait=name != "up_proj")
 
     def _contribute(self, name: str, acts: Acts) -> None:
         """x += matrix · acts, of all parts of the model."""

@@ -37,7 +37,7 @@ class Experts:
     """A weighted sum of the experts that the router chooses (Jiang et al. 2024, Mixtral, §2.1)."""
 
     router: torch.Tensor  # [D, experts]
-    experts: tuple[Dense, ...]
+    expert: Callable[[int], Dense]  # by its number
     used: int
     weights_sum_to_one: bool
 
@@ -47,15 +47,18 @@ class Experts:
         # Ascending, so that a token's sum does not depend on its batch.
         for number in sorted(set(chosen.flatten().tolist())):
             rows, places = torch.where(chosen == number)
-            y = self.experts[number].forward(x[rows])
+            y = self.expert(number).forward(x[rows])
             out.index_add_(0, rows, y * weights[rows, places, None])
         return out
 
 
 def load_feed_forward(
-    matrix: Callable[..., torch.Tensor], shape: ModelShape, layer: int
+    matrix: Callable[..., torch.Tensor], shape: ModelShape, layer: int, *, keep: bool
 ) -> FeedForward:
-    """`matrix(name, …)` gives the layer's weights of these names, joined, as [in, out]."""
+    """`matrix(name, …)` gives the layer's weights of these names, joined, as [in, out].
+
+    Without `keep`, an expert is read when rows have chosen it, and forgotten then.
+    """
 
     def dense(prefix: str) -> Dense:
         return Dense(
@@ -65,9 +68,14 @@ def load_feed_forward(
 
     if layer not in shape.expert_layers:
         return dense("mlp")
+
+    def read(number: int) -> Dense:
+        return dense(f"mlp.experts.{number}")
+
+    kept = list(map(read, range(shape.experts))) if keep else []
     return Experts(
         router=matrix("mlp.gate"),
-        experts=tuple(dense(f"mlp.experts.{number}") for number in range(shape.experts)),
+        expert=kept.__getitem__ if keep else read,
         used=shape.experts_used,
         weights_sum_to_one=shape.expert_weights_sum_to_one,
     )

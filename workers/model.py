@@ -76,11 +76,13 @@ def alone(part: torch.Tensor) -> None:
 class Layers:
     """A checkpoint's layers, read whenever they are passed through."""
 
-    def __init__(self, checkpoint: Weights) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, checkpoint: Weights, *, keep: bool) -> None:
+        """With `keep`, whoever passes through keeps them."""
+        self._checkpoint, self._keep = checkpoint, keep
 
     def __iter__(self) -> Iterator[Layer]:
-        return (_layer(self._checkpoint, n) for n in range(self._checkpoint.shape.layers))
+        numbers = range(self._checkpoint.shape.layers)
+        return (_layer(self._checkpoint, number, keep=self._keep) for number in numbers)
 
 
 class Model:
@@ -95,13 +97,14 @@ class Model:
     ) -> None:
         """`combine` turns a part [T, D] of a layer's output, in place, into the whole.
 
-        Without `keep`, layers are read from the checkpoint for every pass, one at a time.
+        Without `keep`, layers are read from the checkpoint for every pass, one at a time, and
+        only the experts that are used.
         """
         self._combine = combine
         self.shape = checkpoint.shape
         divisors = self.shape.rope_divisors
         self.rope_divisors = torch.tensor(divisors) if divisors else None  # [E/2]
-        layers = Layers(checkpoint)
+        layers = Layers(checkpoint, keep=keep)
         self.layers: Iterable[Layer] = list(layers) if keep else layers
         self.norm = _tensor(checkpoint, "model.norm.weight")
         self.head = _tensor(checkpoint, "lm_head.weight").t().contiguous()  # [D, V]
@@ -197,7 +200,7 @@ def _tensor(checkpoint: Weights, name: str) -> torch.Tensor:
     return torch.from_numpy(checkpoint.array(name))
 
 
-def _layer(checkpoint: Weights, number: int) -> Layer:
+def _layer(checkpoint: Weights, number: int, *, keep: bool) -> Layer:
     """Load one layer; matrices that read the same input become one."""
     shape, prefix = checkpoint.shape, f"model.layers.{number}."
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -220,5 +223,5 @@ def _layer(checkpoint: Weights, number: int) -> Layer:
         window=shape.window if number in shape.window_layers else 0,
         attention_out=matrix("self_attn.o_proj"),
         ffn_norm=vector("post_attention_layernorm"),
-        ffn=load_feed_forward(matrix, shape, number),
+        ffn=load_feed_forward(matrix, shape, number, keep=keep),
     )

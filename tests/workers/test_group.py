@@ -113,6 +113,22 @@ def test_a_cap_changes_no_number_of_a_fast_rank(make_runner, group, folder):
     assert score(make_runner(folder, mode="fast", quantize="int8")) == without
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_experts_may_have_a_cap(make_runner, group, tiny_model, mode, family, config):
+    _, folder = tiny_model(family, **SHAPE, num_experts_per_tok=2, **config)
+    options = {"mode": mode, "quantize": "int8"}
+    without = generate(make_runner(folder, **options))
+    group.means = replace(group.means, memory_cap=1 << 40)
+    assert generate(make_runner(folder, **options)) == without
+
+
 @pytest.mark.parametrize("cap", [None, 1 << 40])
 def test_a_rank_without_the_model_computes_by_what_rank_0_sends(make_runner, group, folder, cap):
     options = {"mode": "fast", "quantize": "int8"}

@@ -62,6 +62,19 @@ def test_a_disk_lets_it_take_more_as_long_as_it_reads_no_longer_than_others_comp
     assert (slow.bound, slow.token_s) == ("disk", pytest.approx(slow.ranks[0].streamed_bytes / 2e8))
 
 
+def test_a_token_reads_the_experts_that_it_chooses_and_no_others():
+    many = {"experts": 16, "expert_ffn": 1024, "expert_layers": tuple(range(32)), "ffn": 0}
+    boxes = [box("a", 50e9, cap=2 * GB, disk_bytes_per_s=1e9)]
+    read = {}
+    for used in (2, 8, 16):
+        shape = replace(SHAPE, experts_used=used, **many)
+        (rank,) = make_plan(replace(DEMAND, shape=shape), boxes).ranks
+        read[used] = rank.streamed_bytes
+        assert rank.disk_s == pytest.approx(rank.streamed_bytes / 1e9)
+    assert read[2] < read[8] < read[16]
+    assert load_of(replace(DEMAND, shape=shape), shape).reread == 1
+
+
 def test_far_boxes_are_bound_by_their_sums():
     assert make_plan(DEMAND, [box("a", 50e9), box("b", 50e9, 0.02)]).bound == "sums"
 

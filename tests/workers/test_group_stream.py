@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from kernels.program import Pool, Span
 from scheduler.errors import SetupError
 from workers.fast_model import FastModel
+from workers.group import memory
+from workers.group.memory import is_expert, ring_bytes, slots_bytes, streamable
 from workers.group.partition import partition
 from workers.group.shard import Shard, ShardModel
 from workers.group.shard_file import DATA, Entry, check, read_manifest, write_shard
 from workers.group.sharded import Sharded
-from workers.group.stream import Stream, choose_streamed, ring_bytes
+from workers.group.stream import Stream, choose_streamed
 from workers.kv_cache import KvCache
 from workers.weights.checkpoint import open_checkpoint
 
@@ -113,6 +115,70 @@ def test_a_model_whose_weights_pass_through_gives_the_same_bits(weights, tmp_pat
     for streamed, resident in zip(numbers(model), numbers(whole), strict=True):
         assert np.array_equal(streamed, resident)
     shard.close()
+
+
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 6, "moe_intermediate_size": 64, "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def experts(request, tiny_model):
+    """A rank's part of a small model whose layers have experts, two of them for each row."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 320}
+    chosen = {"num_experts_per_tok": 2} | EXPERTS[request.param]
+    _, folder = tiny_model(request.param, **sizes, **chosen)
+    checkpoint = open_checkpoint(folder, "int4")
+    return Sharded(checkpoint, partition(checkpoint.shape, [1, 1])[1])
+
+
+@pytest.mark.parametrize("slots", [1, 2, 9])
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
+def test_experts_that_are_read_when_they_are_chosen_give_the_same_bits(
+    experts, tmp_path, monkeypatch, slots, part
+):
+    """With `part` of them in memory; the one slot that is the least turns round most often."""
+    manifest = write_shard(experts, tmp_path, "a model")
+    sizes = [entry.padded for entry in manifest.entries if is_expert(entry.name)]
+    monkeypatch.setattr(memory, "SLOTS_BYTES", slots * max(sizes))
+    budget = manifest.size - sum(sizes) + slots_bytes(sizes) + int(part * sum(sizes))
+    shard = Shard(tmp_path, manifest, budget, direct=False)
+    assert (part == 1) == (shard.slots is None)
+    assert shard.streamed_bytes == 0
+    assert shard.chosen_bytes == pytest.approx((1 - part) * sum(sizes), abs=2 * max(sizes))
+    pool, shape = Pool(1), experts.shape
+    whole, model = (
+        maker(weights, KvCache(shape, 4, "float16"), pool, 32, combine=lambda part: None)
+        for maker, weights in ((FastModel, experts), (ShardModel, shard))
+    )
+    for absent, resident in zip(numbers(model), numbers(whole), strict=True):
+        assert np.array_equal(absent, resident)
+    if part == 0:  # a row takes two experts in each layer, a matrix of each kind
+        before = shard.bytes_read
+        model.program.run([0], [Span(0, 1, 27, [0, 1])], [0])
+        assert shard.bytes_read - before == shape.layers * 2 * 3 * max(sizes)
+    shard.close()
+
+
+def test_under_a_tight_cap_experts_and_all_else_pass_through(experts, tmp_path):
+    manifest = write_shard(experts, tmp_path, "a model")
+    split = {True: [], False: []}
+    for entry in manifest.entries:
+        if is_expert(entry.name) or streamable(entry.name, entry.dims):
+            split[is_expert(entry.name)].append(entry.padded)
+    ring, slots = ring_bytes(split[False]), slots_bytes(split[True])
+    budget = manifest.size - sum(map(sum, split.values())) + ring + slots
+    shard = Shard(tmp_path, manifest, budget, direct=False)
+    assert (shard.streamed_bytes, shard.chosen_bytes) == (sum(split[False]), sum(split[True]))
+    caches = [KvCache(experts.shape, 4, "float16") for _ in range(2)]
+    model = ShardModel(shard, caches[0], Pool(1), 32, combine=lambda part: None)
+    whole = FastModel(experts, caches[1], Pool(1), 32, combine=lambda part: None)
+    for passing, resident in zip(numbers(model), numbers(whole), strict=True):
+        assert np.array_equal(passing, resident)
+    shard.close()
+    with pytest.raises(SetupError, match="MiB too little"):
+        Shard(tmp_path, manifest, budget - 4096, direct=False)
 
 
 def test_a_shard_is_whole_of_this_model_and_undamaged_or_made_anew(weights, tmp_path):

@@ -147,9 +147,10 @@ def _from_shard(
         budget = means.memory_cap - taken
     shard = Shard(folder, manifest, budget, direct=means.direct)
     logger.info(
-        "%d MiB of weights, %d %% of them read anew for every step",
+        "%d MiB of weights, %d %% of them read anew for every step, %d %% where rows choose them",
         shard.total_bytes >> 20,
         round(100 * shard.streamed_bytes / shard.total_bytes),
+        round(100 * shard.chosen_bytes / shard.total_bytes),
     )
     try:
         model = ShardModel(shard, cache, Pool(means.threads), wanted.max_rows, combine)

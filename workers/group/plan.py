@@ -1,7 +1,8 @@
 """What a group of unlike boxes can do with a model: shares, the time of a token, whom to leave out.
 
-A rank computes its weights while a thread reads those that do not fit into its memory, and waits
-for sums twice a layer; so with sums of `s` seconds a token takes
+A rank computes its weights while a thread reads those that do not fit into its memory (of experts
+only those that a token chooses), and waits for sums twice a layer; so with sums of `s` seconds a
+token takes
 
     T = max over ranks of max(weights / rate + s, streamed bytes / disk)
 
@@ -20,10 +21,10 @@ import msgspec
 
 from scheduler.errors import SetupError
 from scheduler.models import ModelShape
-from workers.group.memory import AHEAD, step_bytes, streamable
+from workers.group.memory import is_expert, ring_bytes, slots_bytes, step_bytes
 from workers.group.partition import Share, partition
 from workers.group.sum_cost import fastest, predicted_s
-from workers.weights.families import EMBEDDING, LM_HEAD, model_tensors
+from workers.weights.families import EMBEDDING, LM_HEAD, ROUTER, model_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +65,9 @@ class Load(NamedTuple):
 
     weights: float
     streamable: float
-    resident: float  # what must stay: head, experts, norms, KV cache, a step's buffers
-    ring: float  # that streamed weights pass through
+    resident: float  # what must stay: head, norms, KV cache, a step's buffers
+    window: float  # that pass through what does not stay
+    reread: float  # how much of that a token reads; below 1 where it chooses experts
 
 
 class RankPlan(msgspec.Struct, frozen=True):
@@ -176,23 +178,29 @@ def load_of(demand: Demand, shape: ModelShape) -> Load:
     """What a model of this shape (a share of the demand's) asks of whoever holds it."""
     tensors = model_tensors(shape)
     tensors[LM_HEAD] = tensors.pop(EMBEDDING)  # rows of the table are read from the file
-    used, moving, staying, largest = 0.0, 0.0, 0.0, 0.0
+    used, reread, staying = 0.0, 0.0, 0.0
+    sizes: list[int] = []
+    expert_sizes: list[int] = []
+    chosen = shape.experts_used / shape.experts if shape.experts else 1.0
     for name, dims in tensors.items():
         count = math.prod(dims)
-        if len(dims) == 1:
+        if len(dims) == 1 or name.endswith(ROUTER):
             staying += 4 * count
             continue
         head = name == LM_HEAD
-        size = count * (demand.head_bytes_per_weight if head else demand.bytes_per_weight)
-        used += count * (shape.experts_used / shape.experts if ".experts." in name else 1)
-        if streamable(name, dims):
-            moving += size
-            largest = max(largest, size)
-        else:
+        size = int(count * (demand.head_bytes_per_weight if head else demand.bytes_per_weight))
+        share = chosen if is_expert(name) else 1.0
+        used += count * share
+        if head:
             staying += size
+            continue
+        reread += size * share
+        (expert_sizes if is_expert(name) else sizes).append(size)
     kv = demand.kv_bytes_per_token * shape.kv_heads / demand.shape.kv_heads * demand.kv_tokens
     resident = staying + kv + step_bytes(shape, demand.max_rows)
-    return Load(used, moving, resident, min(moving, AHEAD * largest))
+    moving = sum(sizes) + sum(expert_sizes)
+    window = ring_bytes(sizes) + slots_bytes(expert_sizes)
+    return Load(used, moving, resident, window, reread / moving if moving else 1.0)
 
 
 def _ranks(demand: Demand, boxes: Sequence[Box], shares: Sequence[Share]) -> tuple[RankPlan, ...]:
@@ -206,8 +214,8 @@ def _rank(demand: Demand, box: Box, share: Share, total: float) -> RankPlan:
     room = math.inf if box.cap is None else box.cap - box.base
     needed, streamed, missing = load.streamable + load.resident, 0.0, 0.0
     if needed > room:
-        streamed = min(load.streamable, needed + load.ring - room)
-        least = load.resident + load.ring
+        streamed = min(load.streamable, needed + load.window - room)
+        least = load.resident + load.window
         if not box.disk_bytes_per_s:
             least, streamed = needed, 0.0
         missing = max(0.0, least - room)
@@ -217,9 +225,9 @@ def _rank(demand: Demand, box: Box, share: Share, total: float) -> RankPlan:
         share=share,
         part=load.weights / total,
         compute_s=load.weights / box.weights_per_s,
-        disk_s=streamed / box.disk_bytes_per_s if streamed else 0.0,
+        disk_s=streamed * load.reread / box.disk_bytes_per_s if streamed else 0.0,
         resident_bytes=int(needed) + box.base,
-        streamed_bytes=int(streamed),
+        streamed_bytes=int(streamed * load.reread),
         missing_bytes=math.ceil(missing),
     )
 
@@ -282,8 +290,9 @@ def _most(box: Box, whole: Load, none: Load, token_s: float, sums_s: float) -> f
     all_stay = (room - fixed) / (whole.streamable + staying)
     if not box.disk_bytes_per_s:
         return max(0.0, min(rate, all_stay, 1.0))
-    window = staying + whole.ring
-    some_pass = (room - fixed + box.disk_bytes_per_s * token_s) / (whole.streamable + window)
+    window = staying + whole.window
+    passing = box.disk_bytes_per_s * token_s / whole.reread
+    some_pass = (room - fixed + passing) / (whole.streamable + window)
     some_pass = min(some_pass, (room - fixed) / window)
     return max(0.0, min(rate, max(all_stay, some_pass), 1.0))
 

@@ -9,17 +9,20 @@ import numpy as np
 from kernels.program import Matrix
 from scheduler.errors import SetupError
 from workers.fast_model import FastModel
-from workers.group.memory import streamable
+from workers.group.expert_slots import ExpertSlots
+from workers.group.memory import is_expert, ring_bytes, slots_bytes, streamable
 from workers.group.shard_file import DATA, Manifest
-from workers.group.stream import Stream, choose_streamed, load, ring_bytes
+from workers.group.stream import Stream, choose_streamed, evenly, load
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
 
+    from kernels.buffers import Acts, Floats, Routing
     from kernels.program import Pool
     from workers.fast_model import Combine
+    from workers.group.shard_file import Entry
     from workers.kv_cache import KvCache
     from workers.weights.gguf_header import StoredTensor
 
@@ -32,51 +35,54 @@ class Shard:
         self.shape = manifest.shape
         self._path = folder / DATA
         self._entries = {entry.name: entry for entry in manifest.entries}
-        may_pass = [entry for entry in manifest.entries if streamable(entry.name, entry.dims)]
-        sizes = [entry.padded for entry in may_pass]
-        fixed = sum(entry.padded for entry in manifest.entries) - sum(sizes)
-        try:
-            chosen = choose_streamed(sizes, budget - fixed)
-        except ValueError:
-            missing = fixed + ring_bytes(sizes) - budget
-            raise SetupError(
-                f"the memory cap leaves {budget >> 20} MiB for weights, which is "
-                f"{(missing >> 20) + 1} MiB too little: raise the cap, lower --kv-tokens, or add a "
-                "rank"
-            ) from None
-        streamed = [may_pass[index] for index in chosen]
+        self.total_bytes = sum(entry.padded for entry in manifest.entries)
+        streamed, chosen = _absent(manifest, budget)
         self._numbers = {entry.name: number for number, entry in enumerate(streamed)}
+        self._chosen = {entry.name for entry in chosen}
         self.streamed_bytes = sum(entry.padded for entry in streamed)
-        self.total_bytes = fixed + sum(sizes)
+        self.chosen_bytes = sum(entry.padded for entry in chosen)  # read as far as rows choose them
         self.stream: Stream | None = None
+        self.slots: ExpertSlots | None = None
         if streamed:
+            sizes = [e.padded for e in manifest.entries if streamable(e.name, e.dims)]
             self.stream = Stream(self._path, streamed, ring_bytes(sizes), direct=direct)
+        if chosen:
+            sizes = [entry.padded for entry in chosen]
+            self.slots = ExpertSlots(self._path, sizes, direct=direct)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
+    @property
+    def bytes_read(self) -> int:
+        """For steps so far."""
+        return sum(reader.bytes_read for reader in (self.stream, self.slots) if reader)
+
     def array(self, name: str) -> npt.NDArray[np.float32]:
-        """A vector."""
-        return load(self._path, self._entries[name]).view(np.float32)
+        """A vector, or a router."""
+        entry = self._entries[name]
+        return load(self._path, entry).view(np.float32).reshape(entry.dims)
 
     def stored(self, name: str) -> StoredTensor | None:
         """Its matrices are packed; see `matrix`."""
         return None
 
+    def absent(self, name: str) -> Entry | None:
+        """Where to read this matrix of an expert, if it is not in memory."""
+        return self._entries[name] if name in self._chosen else None
+
     def matrix(self, name: str) -> tuple[Matrix, int | None]:
         """The matrix, and its number if it is there only after `stream.need` of that."""
         entry, number = self._entries[name], self._numbers.get(name)
         if number is None or self.stream is None:
-            data: np.ndarray[Any, Any] = load(self._path, entry)
-        else:
-            data = self.stream.view(number)
-        outputs, inputs = entry.dims
-        return Matrix.packed(entry.kind, outputs, inputs, data), number
+            return packed(entry, load(self._path, entry)), None
+        return packed(entry, self.stream.view(number)), number
 
     def close(self) -> None:
-        if self.stream:
-            self.stream.close()
+        for reader in (self.stream, self.slots):
+            if reader:
+                reader.close()
 
 
 class ShardModel(FastModel):
@@ -96,3 +102,56 @@ class ShardModel(FastModel):
         if stream and number is not None:
             self.program.call(lambda rows: stream.need(number))
         return matrix
+
+    def _expert_products(
+        self, prefix: str, name: str, x: Acts, routing: Routing, out: Floats
+    ) -> None:
+        """In rounds, each with the experts for which there are slots."""
+        names = [f"{prefix}.{expert}.{name}.weight" for expert in range(self.shape.experts)]
+        found = ((expert, self._shard.absent(each)) for expert, each in enumerate(names))
+        absent = {expert: entry for expert, entry in found if entry}
+        slots = self._shard.slots
+        if not absent or not slots:
+            super()._expert_products(prefix, name, x, routing, out)
+            return
+        places = {e: slots.view(number, entry) for number, (e, entry) in enumerate(absent.items())}
+        matrices = [
+            packed(absent[e], places[e]) if e in absent else self._matrix(each)
+            for e, each in enumerate(names)
+        ]
+        for experts, missing in slots.rounds(list(absent), len(names)):
+            part = routing.part()
+            entries = {expert: absent[expert] for expert in missing}
+            self.program.call(slots.loader(routing, part, experts, entries))
+            self.program.expert_matmul(matrices, x, part, out)
+
+
+def packed(entry: Entry, data: np.ndarray[Any, Any]) -> Matrix:
+    outputs, inputs = entry.dims
+    return Matrix.packed(entry.kind, outputs, inputs, data)
+
+
+def _absent(manifest: Manifest, budget: int) -> tuple[list[Entry], list[Entry]]:
+    """What does not fit into memory: weights to be streamed, and experts to be read when chosen.
+
+    Experts first, since a token takes but a few of them. Raises SetupError if not even what
+    passes through fits.
+    """
+    dense = [entry for entry in manifest.entries if streamable(entry.name, entry.dims)]
+    experts = [entry for entry in manifest.entries if is_expert(entry.name)]
+    sizes, expert_sizes = ([entry.padded for entry in part] for part in (dense, experts))
+    room = budget - (manifest.size - sum(sizes) - sum(expert_sizes))
+    if sum(sizes) + sum(expert_sizes) <= room:
+        return [], []
+    room -= slots_bytes(expert_sizes)
+    try:
+        streamed = choose_streamed(sizes, room)
+    except ValueError:
+        missing = ring_bytes(sizes) - room
+        raise SetupError(
+            f"the memory cap leaves {max(0, budget) >> 20} MiB for weights, which is "
+            f"{(missing >> 20) + 1} MiB too little: raise the cap, lower --kv-tokens, or add a "
+            "rank"
+        ) from None
+    chosen = evenly(expert_sizes, 0 if streamed else room - sum(sizes))
+    return [dense[index] for index in streamed], [experts[index] for index in chosen]

@@ -20,7 +20,7 @@ from kernels.program import PACKING, Matrix
 from scheduler.errors import SetupError
 from scheduler.models import ModelShape
 from workers.fast_model import blocks_of
-from workers.weights.families import EMBEDDING, model_tensors
+from workers.weights.families import EMBEDDING, ROUTER, model_tensors
 from workers.weights.random_model import RandomModel
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Entry(msgspec.Struct, frozen=True):
     """One weight: bytes [offset, offset + size) of the file."""
 
     name: str
-    kind: str  # of kernels.program.FORMATS, or float32 for a vector
+    kind: str  # of kernels.program.FORMATS, or float32 for a vector or a router
     dims: tuple[int, ...]
     offset: int
     size: int
@@ -147,9 +147,9 @@ def padded(size: int) -> int:
 
 def _packed(weights: Weights, name: str) -> tuple[str, tuple[int, ...], Array]:
     """Kind, dimensions, and the bytes as the kernels read them."""
-    if len(model_tensors(weights.shape).get(name, ())) == 1:
-        vector = weights.array(name)
-        return "float32", vector.shape, vector.view(np.uint8)
+    if len(model_tensors(weights.shape).get(name, ())) == 1 or name.endswith(ROUTER):
+        array = weights.array(name)
+        return "float32", array.shape, array.reshape(-1).view(np.uint8)
     if isinstance(weights, RandomModel):
         matrix = weights.matrix(name)
     else:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workers.group.memory import AHEAD
+from workers.group.memory import ring_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,17 +35,26 @@ REQUEST = 8 << 20  # bytes of one read: more than 1 MiB saturates a disk
 def choose_streamed(sizes: Sequence[int], budget: int) -> list[int]:
     """Indices of the weights to stream so that the others and the ring fit into `budget` bytes.
 
-    By error diffusion over the execution order: after any number of weights the bytes that are
-    streamed are the same share of all, within one weight. Raises ValueError if not even the ring
-    fits.
+    Raises ValueError if not even the ring fits.
     """
-    total = sum(sizes)
-    if total <= budget:
+    if sum(sizes) <= budget:
         return []
     ring = ring_bytes(sizes)
     if ring > budget:
         raise ValueError(f"{budget} bytes are left for weights, and the window takes {ring}")
-    share = (total - (budget - ring)) / total
+    return evenly(sizes, budget - ring)
+
+
+def evenly(sizes: Sequence[int], budget: int) -> list[int]:
+    """Indices of those to leave out so that the others take no more than `budget` bytes.
+
+    By error diffusion over the execution order: after any number of weights the bytes that are
+    left out are the same share of all, within one weight.
+    """
+    total = sum(sizes)
+    if total <= budget:
+        return []
+    share = (total - budget) / total
     owed, streamed = 0.0, []
     for index, size in enumerate(sizes):
         owed += size * share
@@ -54,16 +63,11 @@ def choose_streamed(sizes: Sequence[int], budget: int) -> list[int]:
             owed -= size
     resident = total - sum(sizes[index] for index in streamed)
     for index in sorted(set(range(len(sizes))) - set(streamed), key=lambda i: sizes[i]):
-        if resident + ring <= budget:
+        if resident <= budget:
             break
         resident -= sizes[index]
         streamed.append(index)
     return sorted(streamed)
-
-
-def ring_bytes(sizes: Sequence[int]) -> int:
-    """Memory of the ring, if any of these may be streamed."""
-    return min(AHEAD * max(sizes), sum(sizes))
 
 
 class Stream:
@@ -147,14 +151,18 @@ class Stream:
 
     def _fill(self, index: int) -> None:
         entry, start = self.entries[index], self._places[index]
-        view = memoryview(self._memory)[start : start + entry.padded]
-        done = 0
-        while done < entry.padded:
-            count = os.preadv(self._file, [view[done : done + REQUEST]], entry.offset + done)
-            if not count:
-                raise OSError(errno.EIO, f"{entry.name} is cut off: make the shard anew")
-            done += count
+        read_at(self._file, entry, memoryview(self._memory)[start : start + entry.padded])
         self.bytes_read += entry.padded
+
+
+def read_at(file: int, entry: Entry, place: memoryview) -> None:
+    """One weight, with what is behind it up to the next, into its place."""
+    done = 0
+    while done < entry.padded:
+        count = os.preadv(file, [place[done : done + REQUEST]], entry.offset + done)
+        if not count:
+            raise OSError(errno.EIO, f"{entry.name} is cut off: make the shard anew")
+        done += count
 
 
 def load(path: Path, entry: Entry) -> Array:

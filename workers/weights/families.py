@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+ROUTER = "mlp.gate.weight"  # of a layer with experts
 
 
 class Window(enum.Enum):
@@ -90,7 +91,7 @@ def _feed_forward(shape: ModelShape, layer: int) -> dict[str, tuple[int, ...]]:
     tensors: dict[str, tuple[int, ...]] = {"post_attention_layernorm.weight": (shape.hidden,)}
     parts, ffn = ["mlp"], shape.ffn
     if layer in shape.expert_layers:
-        tensors["mlp.gate.weight"] = (shape.experts, shape.hidden)
+        tensors[ROUTER] = (shape.experts, shape.hidden)
         parts, ffn = [f"mlp.experts.{i}" for i in range(shape.experts)], shape.expert_ffn
     for part in parts:
         tensors[f"{part}.gate_proj.weight"] = (ffn, shape.hidden)
