@@ -19,8 +19,8 @@ from scheduler.plan_command import EXAMPLES as PLAN_EXAMPLES
 from scheduler.plan_command import add_arguments as add_plan_arguments
 from scheduler.simulate_command import EXAMPLES as SIMULATE_EXAMPLES
 from scheduler.simulate_command import add_arguments as add_simulate_arguments
+from serving.arguments import DEFAULT_MODEL, add_serve_arguments
 from serving.arguments import EXAMPLES as SERVE_EXAMPLES
-from serving.arguments import add_serve_arguments
 from serving.deploy_arguments import EXAMPLES as DEPLOY_EXAMPLES
 from serving.deploy_arguments import add_deploy_arguments
 from serving.routing_arguments import routing_options
@@ -75,7 +75,8 @@ def _serve(options: argparse.Namespace) -> None:
 
     counts = {role: getattr(options, role) for role in Role}
     wanted = sum(counts.values()) or options.sibling
-    models = [find(text) for text in options.models] if wanted else []
+    asked = options.models or ([] if options.endpoint else [DEFAULT_MODEL])
+    models = [find(text) for text in asked] if wanted else []
     names = [model.name for model in models]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SetupError(f"two models are called {twice.pop()!r}: write NAME=MODEL for one of them")
@@ -136,6 +137,7 @@ def _router(options: argparse.Namespace, workers: LocalWorkers, plan: PlanFile |
         routing=routing_options(options, plan),
         plan=plan,
         drain_s=options.drain_s,
+        endpoints=options.endpoint,
         sibling=options.sibling,
     )
     if options.routers > 1:

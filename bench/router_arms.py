@@ -130,7 +130,10 @@ class Relay(Arm):
             engine = str(Path(__file__).with_name("router_engine.py"))
             self._begin(sys.executable, engine, str(port), str(self._step_ms))
             self._wait(f"http://127.0.0.1:{port}/health")
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.route([f"http://127.0.0.1:{port}" for port in ports])
+
+    def route(self, urls: list[str]) -> None:
+        """Start the router."""
         program = self._peers / "bin" / self.module
         if not program.exists():
             raise SystemExit(f"{program} is not there: run bench/peers.sh routers")
@@ -150,8 +153,20 @@ class VllmRouter(Relay):
     module = "vllm-router"
 
 
+class MotleyRelay(Relay):
+    """Our router between HTTP and HTTP."""
+
+    def route(self, urls: list[str]) -> None:
+        self.processes = self._asked
+        self._begin(
+            *(sys.executable, "motley.py", "serve", "--endpoint", ",".join(urls)),
+            *("--routers", str(self._asked), "--port", str(self.port)),
+        )
+
+
 ARMS: dict[str, Callable[[Path, float, int, int], Arm]] = {
     "motley": Motley,
+    "motley-relay": MotleyRelay,
     "sglang-router": SglangRouter,
     "vllm-router": VllmRouter,
 }

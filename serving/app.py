@@ -14,8 +14,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from scheduler.errors import BadRequest, SetupError, Unavailable
 from serving.openai.embeddings import EmbeddingEndpoint
-from serving.openai.endpoints import REQUEST_ID, Endpoints
+from serving.openai.endpoints import Endpoints
 from serving.openai.errors import Failure, failure_of
+from serving.openai.events import REQUEST_ID
 from serving.openai.tokens import TokenEndpoints
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from serving.ask import Generator, ModelInfo
     from serving.metrics import Metrics
     from serving.openai.limits import HttpLimits
+    from serving.relay import Relay
 
 ID_HEADER = "X-Request-Id"
 _ID = re.compile(r"[\x20-\x7e]{1,128}")
@@ -33,12 +35,14 @@ _BACKLOG = 1024  # connections that wait to be accepted
 _KEEPALIVE_S = 75.0  # idle connections are closed after so long
 
 
-def build_app(generator: Generator, metrics: Metrics, limits: HttpLimits) -> web.Application:
+def build_app(
+    generator: Generator, metrics: Metrics, limits: HttpLimits, relay: Relay | None = None
+) -> web.Application:
     """The application; run it with `serve`, which sets what it needs of aiohttp's runner."""
-    generation = Endpoints(generator, metrics, limits)
-    embedding = EmbeddingEndpoint(generator, metrics, limits)
+    generation = Endpoints(generator, metrics, limits, relay)
+    embedding = EmbeddingEndpoint(generator, metrics, limits, relay)
     tokens = TokenEndpoints(generator, limits)
-    state = State(generator, metrics)
+    state = State(generator, metrics, relay)
     app = web.Application(middlewares=[shield], client_max_size=limits.body_bytes)
     app.on_response_prepare.append(_give_id)
     app.add_routes(
@@ -123,24 +127,28 @@ async def version(_: web.Request) -> web.Response:
 class State:
     """What can be asked about the system itself."""
 
-    def __init__(self, generator: Generator, metrics: Metrics) -> None:
+    def __init__(self, generator: Generator, metrics: Metrics, relay: Relay | None) -> None:
         self._generator = generator
         self._metrics = metrics
+        self._relay = relay
+
+    def _infos(self) -> list[ModelInfo]:
+        return [*self._generator.models(), *(self._relay.models() if self._relay else ())]
 
     async def models(self, _: web.Request) -> web.Response:
-        models = [_model(info) for info in self._generator.models()]
+        models = [_model(info) for info in self._infos()]
         return _json({"object": "list", "data": models})
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
-        for info in self._generator.models():
+        for info in self._infos():
             if info.name == name:
                 return _json(_model(info))
         message = f"The model {name!a} is not served here: GET /v1/models lists what is."
         raise BadRequest(message, param="model", code="model_not_found", status=404)
 
     async def ready(self, _: web.Request) -> web.Response:
-        if not self._generator.ready:
+        if not (self._relay or self._generator).ready:
             raise Unavailable("Some models still wait for workers.")
         return _json({"status": "ready"})
 

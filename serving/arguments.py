@@ -21,11 +21,17 @@ examples:
   motley serve ./model.gguf --prefill 2 --decode 1
   motley serve smollm2 chat=./folder --prefill 0 --decode 0 --mixed 1
   motley serve smollm2 --cluster 0.0.0.0:8100    # workers on other machines may join
+  motley serve --endpoint http://gpu1:8000,http://gpu2:8000    # relay to servers that run already
 """
 
 
 def add_serve_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("models", nargs="*", default=[DEFAULT_MODEL], metavar="MODEL")
+    command.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"default {DEFAULT_MODEL}, or none with --endpoint",
+    )
     command.add_argument("--prefill", type=count, default=1, metavar="N", help="default 1")
     command.add_argument("--decode", type=count, default=1, metavar="N", help="default 1")
     command.add_argument("--mixed", type=count, default=0, metavar="N", help="default 0")
@@ -78,4 +84,15 @@ def add_router_arguments(command: argparse.ArgumentParser) -> None:
         metavar="SIZE,…",
         help="of each rank's process, one for all or one each: 300MB,300MB,1GB",
     )
+    command.add_argument(
+        "--endpoint",
+        type=urls,
+        default=(),
+        metavar="URL,…",
+        help="OpenAI servers whose models this router relays to: http://gpu1:8000,http://gpu2:8000",
+    )
     add_routing_arguments(command)
+
+
+def urls(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))

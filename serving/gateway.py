@@ -53,7 +53,7 @@ class Live:
 
     generation: Generation
     standing: Standing
-    stream: Stream
+    stream: Stream[Delta]
     first_index: int  # of its choices in the reply
     echo: Echo | None = None
     placements: dict[int, Placement] = field(default_factory=dict)
@@ -104,10 +104,10 @@ class Gateway:
         return await self._inquiries.tokenise(model, prompt, created)
 
     @asynccontextmanager
-    async def open(self, ask: Ask) -> AsyncIterator[Stream]:
+    async def open(self, ask: Ask) -> AsyncIterator[Stream[Delta]]:
         """See Generator.open."""
         self._check_model(ask.model)
-        stream = Stream(len(ask.prompts))
+        stream: Stream[Delta] = Stream(len(ask.prompts))
         lives = [self._begin(ask, index, stream) for index in range(len(ask.prompts))]
         try:
             for live in lives:
@@ -136,7 +136,7 @@ class Gateway:
         roles = {m.join.role for m in self._members.of(model) if not m.worker.draining}
         return Role.MIXED in roles or {Role.PREFILL, Role.DECODE} <= roles
 
-    def _begin(self, ask: Ask, index: int, stream: Stream) -> Live:
+    def _begin(self, ask: Ask, index: int, stream: Stream[Delta]) -> Live:
         job = Job(
             id=job_id(self._members.router, next(self._numbers), ask.id),
             epoch=0,

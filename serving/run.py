@@ -22,6 +22,7 @@ from serving.members import Members
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
 from serving.placing import RoutingOptions
+from serving.relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -113,6 +114,7 @@ class RouterConfig:
     drain_s: float = 30.0  # what requests in flight have at the end
     others: tuple[Address, ...] = ()  # where workers join the other routers of this port
     siblings: tuple[WorkerSpec, ...] = ()  # these routers, if this process starts them
+    endpoints: tuple[str, ...] = ()  # URLs of plain OpenAI servers behind this router
     sibling: bool = False  # started by another one: takes no request before workers are here
 
 
@@ -139,8 +141,13 @@ async def run_router(
         specs = config.workers.specs(Address(*bound), config.others)
         tasks: list[asyncio.Task[None]] = []
         stack.push_async_callback(_end, tasks)
-        app = build_app(gateway, metrics, HttpLimits())
-        while config.sibling and not gateway.ready and not stop.is_set():
+        limits, relay = HttpLimits(), None
+        if config.endpoints:
+            relay = Relay(config.endpoints, gateway, limits, alone=not models)
+            metrics.registry.register(relay)
+            tasks.append(asyncio.create_task(relay.run()))
+        app = build_app(gateway, metrics, limits, relay)
+        while config.sibling and models and not gateway.ready and not stop.is_set():
             await _either(stop, members.changed())
         shared = config.sibling or bool(config.siblings)
         http = await stack.enter_async_context(

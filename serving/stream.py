@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.ask import Delta
+Delta = TypeVar("Delta")
 
 
-class Stream:
+class Stream(Generic[Delta]):
     """The deltas of one request, over all its prompts.
 
     They are given away where they arrive: to wake a task for each costs more than all else that a

@@ -15,14 +15,16 @@ from scheduler.request import Limits, Sampling
 from serving.ask import Ask
 from serving.metrics import OK
 from serving.openai import checks
-from serving.openai.endpoints import REQUEST_ID, read_body
+from serving.openai.endpoints import read_body
 from serving.openai.errors import status_of
+from serving.openai.events import REQUEST_ID
 from serving.openai.requests import TokenId, read_prompts
 
 if TYPE_CHECKING:
     from serving.ask import Delta, Generator
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
+    from serving.relay import Relay
 
 Vector: TypeAlias = list[float] | str
 FORMATS = ("float", "base64")
@@ -60,24 +62,32 @@ _DECODER = msgspec.json.Decoder(EmbeddingBody)
 class EmbeddingEndpoint:
     """On any Generator; each input is a job that ends with its prompt."""
 
-    def __init__(self, generator: Generator, metrics: Metrics, limits: HttpLimits) -> None:
+    def __init__(
+        self, generator: Generator, metrics: Metrics, limits: HttpLimits, relay: Relay | None = None
+    ) -> None:
         self._generator = generator
         self._metrics = metrics
         self._limits = limits
+        self._relay = relay
 
-    async def embed(self, request: web.Request) -> web.Response:
+    async def embed(self, request: web.Request) -> web.StreamResponse:
         with self._metrics.request() as record:
             try:
-                response = await self._answer(request, record)
+                raw = await read_body(request, self._limits)
+                if self._relay and (model := self._relay.claims(raw)):
+                    return await self._relay.answer(request, raw, model, record)
+                response = await self._answer(request, raw, record)
             except Exception as error:
                 record.code = status_of(error)
                 raise
             record.code = OK
             return response
 
-    async def _answer(self, request: web.Request, record: RequestRecord) -> web.Response:
+    async def _answer(
+        self, request: web.Request, raw: bytes, record: RequestRecord
+    ) -> web.Response:
         created = time.time()
-        body = checks.decode(await read_body(request, self._limits), _DECODER)
+        body = checks.decode(raw, _DECODER)
         ask = _ask(body, f"embd-{request[REQUEST_ID]}", created, self._limits)
         vectors: dict[int, Vector] = {}
 
