@@ -1,12 +1,12 @@
 """What a route would cost, and whether it would be in time: predictions on its very workers.
 
-    TTFT = wait + uncached prompt tokens at that worker's rate           (prompt and queue)
-           + the steps until blocks are reserved, where it is handed over
-    TPOT = a step with this request in it / share of time left by prompts
-           + (KV cache on the link, as far as prefill does not hide it) / output tokens
-    cost = seconds that the request adds to each worker · the price of a second there
-    toll = with limits: how many requests the route is expected to make late, itself and those who
-           decode where it goes; without: its own seconds and those that it takes from them
+TTFT = wait + uncached prompt tokens at that worker's rate           (prompt and queue)
+       + the steps until blocks are reserved, where it is handed over
+TPOT = a step with this request in it / share of time left by prompts
+       + (KV cache on the link, as far as prefill does not hide it) / output tokens
+cost = seconds that the request adds to each worker · the price of a second there
+toll = with limits: how many requests the route is expected to make late, itself and those who
+       decode where it goes; without: its own seconds and those that it takes from them
 """
 
 from __future__ import annotations
