@@ -1,8 +1,8 @@
 """Whether splitting prefill from decode pays, for real: two SmolLM2 workers of half a core each.
 
-Requests are those of slices of the Azure code trace: its sizes with prompts a sixteenth as long, its
-arrivals faster or slower to the rate that is wanted. Limits: TTFT five times a lone prefill of the
-mean prompt, TPOT 1.5 times a lone step. By arm:
+Requests are those of slices of the Azure code trace: its sizes, prompts a sixteenth as long, and
+its arrivals, faster or slower to the rate that is wanted. Limits: TTFT five times a lone prefill of
+the mean prompt, TPOT 1.5 times a lone step. By arm:
 
 - mixed: two mixed workers under `least-load`, with prompts whole or cut by --itl-bound-ms, the
   better of the two.
