@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -19,6 +19,11 @@ from scheduler.messages import Role
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+T = TypeVar("T")
+
+MOST = 1e9  # of any number: what the solver can hold beside the others
+LEAST_CAPACITY = 1e-6  # requests/s
 
 
 class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,13 +120,13 @@ class _FileColumn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpus: int
     role: Role
     price: float
-    capacity: dict[str, float]
+    capacity: dict[str, Any]  # of float: whose fault it is if not, `_rates` says by name
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buckets: tuple[Bucket, ...]
     columns: tuple[_FileColumn, ...]
-    limits: dict[str, int] = {}
+    limits: dict[str, Any] = {}  # of int, likewise
 
 
 def read_problem(path: Path) -> Problem:
@@ -140,16 +145,36 @@ def parse_problem(text: str) -> Problem:
         file = msgspec.convert(json.loads(text), _File)
     except ValueError as error:  # of either library
         raise SetupError(str(error).replace("$.", "")) from None
+    except RecursionError:
+        raise SetupError(
+            "brackets within brackets within brackets: no problem is that deep"
+        ) from None
     problem = Problem(
         buckets=file.buckets,
-        columns=tuple(
-            Column(**{field: getattr(column, field) for field in _FileColumn.__struct_fields__})
-            for column in file.columns
+        columns=tuple(_column(f"columns[{at}]", each) for at, each in enumerate(file.columns)),
+        limits=tuple(
+            Limit(gpu, _typed(f"limits.{gpu}", number, int)) for gpu, number in file.limits.items()
         ),
-        limits=tuple(Limit(gpu, number) for gpu, number in file.limits.items()),
     )
     check(problem)
     return problem
+
+
+def _column(where: str, column: _FileColumn) -> Column:
+    fields = {field: getattr(column, field) for field in _FileColumn.__struct_fields__}
+    fields["capacity"] = {
+        bucket: _typed(f"{where}.capacity.{bucket}", rate, float)
+        for bucket, rate in column.capacity.items()
+    }
+    return Column(**fields)
+
+
+def _typed(field: str, value: object, kind: type[T]) -> T:
+    """The library's own message has no name where a table's keys are free."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise SetupError(f"{field}: {error}") from None
 
 
 def check(problem: Problem) -> None:
@@ -184,16 +209,17 @@ def _check_column(where: str, column: Column, buckets: Iterable[str]) -> None:
                 raise SetupError(
                     f"{where}.{field}.{name}: model {column.model!r} has no bucket of this name"
                 )
-            if not (math.isfinite(rate) and rate > 0):
+            if not LEAST_CAPACITY <= rate <= MOST:
                 raise SetupError(
-                    f"{where}.{field}.{name}: {rate:g} requests/s is not a number above 0; "
-                    "leave out the buckets that this column cannot serve"
+                    f"{where}.{field}.{name}: {rate:g} requests/s is not a number from "
+                    f"{LEAST_CAPACITY:g} to {MOST:g}; leave out the buckets that this column "
+                    "cannot serve"
                 )
 
 
 def _number(field: str, value: float, *, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise SetupError(f"{field}: {value:g} is not a number of at least {least:g}")
+    if not least <= value <= MOST:
+        raise SetupError(f"{field}: {value} is not a number from {least:g} to {MOST:g}")
 
 
 def _unique(field: str, names: Sequence[str]) -> None:

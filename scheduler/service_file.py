@@ -18,12 +18,22 @@ from scheduler.messages import Role
 from scheduler.problem import Limit
 from scheduler.profile_import import Format
 from scheduler.profiles import StepProfile
-from scheduler.simulate_load import parse_process
+from scheduler.service_checks import (
+    MOST_TOKENS,
+    check_autoscale,
+    check_choices,
+    check_hardware,
+    check_limits,
+    check_shapes,
+    check_sizes,
+    check_slo,
+    check_steps,
+    positive,
+)
 from scheduler.workload import Arrival, SizeBucket, Workload, from_arrivals, read_trace
 
 Key = tuple[str, str, int]  # model's name in the service, GPU, TP
 DRAWS = 20_000  # of a distribution, with a fixed seed
-WEIGHTS_TOLERANCE = 1e-6
 
 
 class Size(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,8 +183,9 @@ def parse_service(text: str, folder: Path) -> Service:
         if each.format == "motley"
     }
     catalogue = _extended(read_catalogue(), file, list(own.values()))
-    _check_choices(file, catalogue)
-    _check_slo(file.slo, "slo")
+    check_choices(file.plan, catalogue, traced=all(model.trace for model in file.model))
+    check_limits(file.limit, catalogue)
+    check_slo(file.slo, "slo")
     if not file.model:
         raise SetupError("model: none; there is nothing to plan for")
     demands = tuple(
@@ -188,7 +199,7 @@ def parse_service(text: str, folder: Path) -> Service:
     if again := [at for at, place in enumerate(places) if place in places[:at]]:
         raise SetupError(f"profile[{again[0]}]: there is one of this model, GPU and TP already")
     measured = {places[at]: profile for at, profile in own.items()}
-    _check_autoscale(file.autoscale)
+    check_autoscale(file.autoscale)
     return Service(
         demands,
         catalogue,
@@ -233,51 +244,17 @@ def _extended(shipped: Catalogue, file: _File, measured: list[WorkerProfile]) ->
         | {model.name: model for model in file.shape},
         steps=(*file.step, *shipped.steps),
     )
-    for at, offer in enumerate(file.offer):
-        catalogue.gpu(offer.gpu, f"offer[{at}].gpu")
-        _positive(f"offer[{at}].price", offer.price)
-    for gpu in file.gpu:
-        for field in ("memory", "bandwidth", "tflops", "link", "network", "node"):
-            _positive(f"gpu.{gpu.name}.{field}", getattr(gpu, field))
+    check_hardware(file.gpu, file.offer, catalogue)
+    check_shapes(file.shape)
+    check_steps(file.step, catalogue)
     return catalogue
-
-
-def _check_choices(file: _File, catalogue: Catalogue) -> None:
-    for name in file.plan.gpus:
-        catalogue.gpu(name, "plan.gpus")
-    for at, limit in enumerate(file.limit):
-        catalogue.gpu(limit.gpu, f"limit[{at}].gpu")
-        if limit.gpus < 0:
-            raise SetupError(f"limit[{at}].gpus: {limit.gpus} is negative")
-    if any(tp < 1 for tp in file.plan.tp):
-        raise SetupError("plan.tp: degrees are at least 1")
-    if not 0 <= file.plan.on_demand <= 1:
-        raise SetupError(f"plan.on_demand: {file.plan.on_demand:g} is not a share")
-    if not file.plan.roles:
-        raise SetupError("plan.roles: none; a plan needs mixed, or prefill and decode")
-    _positive("plan.time_limit", file.plan.time_limit)
-    for process in file.plan.certify:
-        parse_process(process)
-        if process == "trace" and not all(model.trace for model in file.model):
-            raise SetupError("plan.certify: trace: not every model has one")
-
-
-def _check_autoscale(settings: Autoscaling) -> None:
-    for field in ("window_s", "start_s", "hold_s", "horizon_s"):
-        _positive(f"autoscale.{field}", getattr(settings, field))
-    for field in ("flip_s", "drain_s", "band"):
-        value = getattr(settings, field)
-        if not (math.isfinite(value) and value >= 0):
-            raise SetupError(f"autoscale.{field}: {value:g} must be 0 or above")
-    if not 0 < settings.cover < 1:
-        raise SetupError(f"autoscale.cover: {settings.cover:g} must be above 0 and below 1")
 
 
 def _demand(
     served: ServedModel, where: str, slo: Slo, catalogue: Catalogue, folder: Path
 ) -> Demand:
     model = catalogue.model(served.shape or served.name, f"{where}.shape")
-    _check_slo(served.slo or slo, f"{where}.slo")
+    check_slo(served.slo or slo, f"{where}.slo")
     given = [name for name in ("trace", "sizes", "lognormal") if getattr(served, name)]
     if len(given) != 1:
         raise SetupError(
@@ -286,7 +263,7 @@ def _demand(
     if served.rate is None and served.trace is None:
         raise SetupError(f"{where}.rate: missing; only a trace brings its own")
     if served.rate is not None:
-        _positive(f"{where}.rate", served.rate)
+        positive(f"{where}.rate", served.rate)
     workload = _workload(served, where, folder)
     if served.rate is not None:
         workload = workload.scaled(served.rate / workload.rate)
@@ -295,15 +272,14 @@ def _demand(
 
 def _workload(served: ServedModel, where: str, folder: Path) -> Workload:
     if served.trace is not None:
-        return from_arrivals(read_trace(folder / served.trace))
+        path = folder / served.trace
+        try:
+            return from_arrivals(read_trace(path))
+        except SetupError as error:
+            raise SetupError(f"{where}.trace: {error}") from None
     if served.lognormal is not None:
         return _drawn(served.lognormal, where)
-    total = math.fsum(size.weight for size in served.sizes)
-    if not abs(total - 1) <= WEIGHTS_TOLERANCE:
-        raise SetupError(f"{where}.sizes: the weights sum to {total:g}, not to 1")
-    for at, size in enumerate(served.sizes):
-        for field in ("input", "output", "weight"):
-            _positive(f"{where}.sizes[{at}].{field}", getattr(size, field))
+    check_sizes(served.sizes, f"{where}.sizes")
     return Workload(
         tuple(
             SizeBucket(f"{size.input:g}/{size.output:g}", (size.input, size.output), size.weight)
@@ -317,23 +293,11 @@ def _drawn(spread: Lognormal, where: str) -> Workload:
     columns = []
     for side in ("input", "output"):
         mean, sd = getattr(spread, f"{side}_mean"), getattr(spread, f"{side}_sd")
-        _positive(f"{where}.lognormal.{side}_mean", mean)
-        _positive(f"{where}.lognormal.{side}_sd", sd)
+        positive(f"{where}.lognormal.{side}_mean", mean, MOST_TOKENS)
+        positive(f"{where}.lognormal.{side}_sd", sd, MOST_TOKENS)
         variance = math.log(1 + (sd / mean) ** 2)
         drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), DRAWS)
         columns.append(np.maximum(1, np.rint(drawn)).astype(int).tolist())
     arrivals = [Arrival(float(at), *sizes) for at, sizes in enumerate(zip(*columns, strict=True))]
     timeless = tuple(arrival._replace(at=0.0) for arrival in arrivals)
     return msgspec.structs.replace(from_arrivals(arrivals), dispersion=1.0, arrivals=timeless)
-
-
-def _check_slo(slo: Slo, where: str) -> None:
-    _positive(f"{where}.ttft_ms", slo.ttft_ms)
-    _positive(f"{where}.tpot_ms", slo.tpot_ms)
-    if not 0.5 < slo.share < 1:
-        raise SetupError(f"{where}.share: {slo.share:g} must be above 0.5 and below 1")
-
-
-def _positive(field: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise SetupError(f"{field}: {value:g} is not a number above 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,60 @@ def test_goodput_tells_both_attainments(capfd):
 def test_what_is_missing_is_said(arguments, named, capfd):
     assert main(["plan", *arguments]) == 2
     assert named in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("rate = 10", "rate = -10", "model[0].rate"),
+        ("rate = 10", "rate = nan", "model[0].rate"),
+        ('"A10G"', '"Z80"', "plan.gpus"),
+        ("weight = 1", "weight = 0.9", "model[0].sizes"),
+        (
+            "rate = 10\nsizes = [{input = 500, output = 100, weight = 1}]",
+            'trace = "t.csv"',
+            "t.csv",
+        ),
+        ("ttft_ms = 1000", "ttft_ms = 0", "slo.ttft_ms"),
+    ],
+)
+def test_what_is_wrong_with_a_service_is_the_operators_to_mend(service, capfd, old, new, named):
+    path = Path(service)
+    (path.parent / "t.csv").write_text("arrival_s,input_tokens,output_tokens\n")
+    path.write_text(SERVICE.replace(old, new))
+    assert main(["plan", service]) == 2
+    said = capfd.readouterr().err
+    assert named in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("buckets", 0, "rate"), -1, "buckets[0].rate"),
+        (("buckets", 0, "rate"), float("nan"), "buckets[0].rate"),
+        (("columns", 0, "capacity"), {"short": 0}, "columns[0].capacity.short"),
+        (("limits",), {"Z80": 4}, "limits.Z80"),
+        (("buckets",), [], "buckets"),
+    ],
+)
+def test_what_is_wrong_with_a_problem_is_the_operators_to_mend(
+    changed, problem, capfd, path, value, named
+):
+    Path(problem).write_text(changed(PROBLEM, path, value))
+    assert main(["plan", "--problem", problem, "--json"]) == 2
+    said = capfd.readouterr()
+    assert named in said.err
+    assert (said.out, "Traceback" in said.err) == ("", False)
+
+
+def test_a_bucket_that_nothing_can_serve_is_shed_by_name(service, capfd):
+    sizes = "[{input = 500, output = 100, weight = 0.5}, {input = 90000, output = 9, weight = 0.5}]"
+    path = Path(service)
+    path.write_text(SERVICE.replace("[{input = 500, output = 100, weight = 1}]", sizes))
+    assert main(["plan", service, "--no-certify", "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert (plan["status"], plan["shed"]) == ("partial", {"90000/9": 1.0})
 
 
 def test_an_output_that_cannot_be_written_is_named(problem, capfd):

@@ -57,7 +57,13 @@ def test_a_good_file_is_read():
         (("columns",), GOOD["columns"] * 2, "columns[1].name"),
         (("limits",), {"H100": 8}, "limits.H100"),
         (("limits",), {"L4": -1}, "limits.L4"),
-        (("limits",), {"L4": math.nan}, "limits"),
+        (("limits",), {"L4": math.nan}, "limits.L4"),
+        (("limits",), {"L4": 1.5}, "limits.L4"),
+        (("limits",), {"L4": 10**400}, "limits.L4"),
+        (("columns", 0, "capacity"), {"b": "fast"}, "columns[0].capacity.b"),
+        (("columns", 0, "capacity"), {"b": 1e-300}, "columns[0].capacity.b"),
+        (("columns", 0, "price"), 1e300, "columns[0].price"),
+        (("buckets", 0, "rate"), 1e300, "buckets[0].rate"),
         (("extra",), 1, "extra"),
     ],
 )
@@ -67,7 +73,7 @@ def test_what_is_wrong_is_named(changed, path, value, named):
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"buckets": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"buckets": 1}', "[" * 100_000])
 def test_what_is_no_problem_at_all_is_refused(text):
     with pytest.raises(SetupError):
         parse_problem(text)

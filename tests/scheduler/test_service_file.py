@@ -21,6 +21,17 @@ TRACES = Path(__file__).parents[2] / "loadtest" / "traces"
 SLO = "[slo]\nttft_ms = 1000\ntpot_ms = 60\n"
 LLAMA = '[[model]]\nname = "llama-3.1-8b"\n'
 SIZES = "sizes = [{input = 500, output = 100, weight = 1}]\n"
+SERVED = SLO + LLAMA + "rate = 1\n" + SIZES
+TWICE = "sizes = [{input = 5, output = 1, weight = 0.5}, {input = 5, output = 1, weight = 0.5}]\n"
+OFFER = '[[offer]]\ngpu = "L4"\ndate = 2026-11-01\nsource = "s"\n'
+STEP = (
+    '[[step]]\nmodel = "q"\ngpu = "L4"\ntp = 1\nprefill = [1, 1, 0]\ndecode = [5, 0, 0]\n'
+    'provenance = "measured"\nsource = "s"\n'
+)
+SHAPE = (
+    '[[shape]]\nname = "q"\nparameters = 1e6\nlayers = 2\nhidden = 8\nheads = 2\nkv_heads = 2\n'
+    "head_dim = 4\ncontext = 64\n"
+)
 GPUS = 'gpus = ["L4", "A10G", "A100-80GB"]\n'
 
 
@@ -170,6 +181,22 @@ def test_a_looser_slo_saves_and_its_price_is_told():
         (SLO + LLAMA + "rate = 1\n", "trace, sizes, lognormal"),
         (SLO + LLAMA + "rate = 1\n" + SIZES.replace("weight = 1", "weight = 0.9"), "weights sum"),
         (SLO + LLAMA + "rate = 1\n" + SIZES.replace("500", "-500"), "model[0].sizes[0].input"),
+        (SLO + LLAMA + "rate = 1\n" + SIZES.replace("500", "1e12"), "model[0].sizes[0].input"),
+        (SLO + LLAMA + "rate = 1e300\n" + SIZES, "model[0].rate"),
+        (SLO + LLAMA + "rate = 1\n" + TWICE, "model[0].sizes[1]"),
+        (SERVED + "[plan]\ntp = []\n", "plan.tp"),
+        (SERVED + '[plan]\nroles = ["prefill"]\n', "plan.roles"),
+        (SERVED + "[plan]\ngap = nan\n", "plan.gap"),
+        (SERVED + "[plan]\nswitching = -1\n", "plan.switching"),
+        (SERVED + '[plan]\ncertify = ["chaos"]\n', "plan.certify"),
+        (SERVED + '[[limit]]\ngpu = "L4"\ngpus = 1\nmarket = "moon"\n', "limit[0].market"),
+        (SERVED + OFFER + "price = nan\n", "offer[0].price"),
+        (SERVED + OFFER + "price = 1\nwhole = -8\n", "offer[0].whole"),
+        (SERVED + STEP.replace("[1, 1, 0]", "[-1, 1, 0]"), "step[0].prefill"),
+        (SERVED + STEP.replace("[5, 0, 0]", "[0, 0, 0]"), "step[0].decode"),
+        (SERVED + STEP.replace("L4", "Z80"), "step[0].gpu"),
+        (SERVED + SHAPE.replace("layers = 2", "layers = 0"), "shape.q.layers"),
+        (SERVED + SHAPE.replace("1e6", "nan"), "shape.q.parameters"),
         (SLO + LLAMA + 'trace = "nowhere.csv"\n', "nowhere.csv"),
         (SLO + '[[model]]\nname = "gpt-9"\nrate = 1\n' + SIZES, "gpt-9"),
         (SLO + (LLAMA + "rate = 1\n" + SIZES) * 2, "twice"),
