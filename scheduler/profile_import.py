@@ -8,25 +8,24 @@ outside what was measured are extrapolated, never dropped, and called `modelled`
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
 from scheduler.cost import Provenance
 from scheduler.errors import SetupError
+from scheduler.profile_formats import Format, Grid, read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
     from scheduler.capacity import Slo
 
-Format = Literal["melange", "aibrix", "vllm", "guidellm"]
 OUTPUT_WEIGHT = 10.0  # input tokens that an output token costs, where one size only was measured
 
 
@@ -94,85 +93,16 @@ def read_profile(
     Raises SetupError naming the file and the field.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _FORMATS[form](content, gpu, slo, edges, path.name)
+        found = read(path.read_text(encoding="utf-8"), form, gpu, slo, edges)
+        if isinstance(found, Grid):
+            made = f", made for {found.made_for}" if found.made_for else ""
+            return CapacityTable(found.inputs, found.outputs, found.rates, path.name + made)
+        in_time = [run for run in found if run.ttft <= slo.ttft_ms and run.tpot <= slo.tpot_ms]
+        return _fit([run[:3] for run in in_time], path.name)
     except OSError as error:
         raise SetupError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise SetupError(f"{path}: {error} is missing; is it a {form} file?") from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise SetupError(f"{path}: {error}") from None
-
-
-def _melange(content: Any, gpu: str, slo: Slo, edges: Any, name: str) -> Imported:
-    """{gpu: {cost, tputs[input][output]}}; its SLO is whatever the file was made for."""
-    if edges is None:
-        raise ValueError("a Mélange file needs input_edges and output_edges beside it")
-    return _table(edges[0], edges[1], content[gpu]["tputs"], name)
-
-
-def _aibrix(content: Any, gpu: str, slo: Slo, edges: Any, name: str) -> Imported:
-    """{gpu, cost, tputs[output][input], indexes: [outputs, inputs]}."""
-    outputs, inputs = content["indexes"]
-    return _table(inputs, outputs, list(zip(*content["tputs"], strict=True)), name)
-
-
-def _table(inputs: Any, outputs: Any, rates: Any, name: str) -> CapacityTable:
-    grid = tuple(tuple(float(rate) for rate in row) for row in rates)
-    shape = len(grid), *{len(row) for row in grid}
-    if shape != (len(inputs), len(outputs)):
-        raise ValueError(f"tputs is {shape} for {len(inputs)} inputs and {len(outputs)} outputs")
-    if not all(math.isfinite(rate) and rate >= 0 for row in grid for rate in row):
-        raise ValueError("tputs has a number that is no rate")
-    for axis in (inputs, outputs):
-        if list(axis) != sorted(set(axis)) or axis[0] <= 0:
-            raise ValueError(f"sizes {axis} do not ascend from above 0")
-    return CapacityTable(tuple(inputs), tuple(outputs), grid, name)
-
-
-def _vllm(content: Any, gpu: str, slo: Slo, edges: Any, name: str) -> Imported:
-    """One run's JSON of `vllm bench serve`, or a list of them."""
-    runs = content if isinstance(content, list) else [content]
-    points = [
-        (
-            run["total_input_tokens"] / run["completed"],
-            run["total_output_tokens"] / run["completed"],
-            run["request_throughput"],
-        )
-        for run in runs
-        if _percentile(run, "ttft", slo) <= slo.ttft_ms
-        and _percentile(run, "tpot", slo) <= slo.tpot_ms
-    ]
-    return _fit(points, name)
-
-
-def _percentile(run: dict[str, float], metric: str, slo: Slo) -> float:
-    """The lowest percentile in the file that is not below the SLO's share; else the mean."""
-    known = [
-        (int(key[1:].split("_")[0]), value)
-        for key, value in run.items()
-        if key.startswith("p") and key.endswith(f"_{metric}_ms") and key[1:].split("_")[0].isdigit()
-    ]
-    fit = [value for percent, value in sorted(known) if percent >= slo.share * 100 - 1e-9]
-    return float(fit[0] if fit else run[f"mean_{metric}_ms"])
-
-
-def _guidellm(content: Any, gpu: str, slo: Slo, edges: Any, name: str) -> Imported:
-    points = []
-    for run in content["benchmarks"]:
-        good = {key: value["successful"] for key, value in run["metrics"].items() if value}
-        percent = f"p{slo.share * 100:g}"
-        late = [
-            good[metric].get("percentiles", {}).get(percent, good[metric]["mean"]) > limit
-            for metric, limit in (
-                ("time_to_first_token_ms", slo.ttft_ms),
-                ("inter_token_latency_ms", slo.tpot_ms),
-            )
-        ]
-        if not any(late):
-            sizes = good["prompt_token_count"]["mean"], good["output_token_count"]["mean"]
-            points.append((*sizes, good["requests_per_second"]["mean"]))
-    return _fit(points, name)
+    except ValueError as error:
+        raise SetupError(f"{path}: {error}; is it a {form} file?") from None
 
 
 def _fit(points: Sequence[tuple[float, float, float]], name: str) -> CapacityFit:
@@ -203,14 +133,6 @@ def _least_squares(rows: npt.NDArray[np.float64]) -> tuple[float, float]:
     alone = [float(column.sum() / (column @ column)) for column in rows.T]
     misses = [float(((column * a - 1) ** 2).sum()) for column, a in zip(rows.T, alone, strict=True)]
     return (alone[0], 0.0) if misses[0] < misses[1] else (0.0, alone[1])
-
-
-_FORMATS: dict[Format, Callable[[Any, str, Slo, Any, str], Imported]] = {
-    "melange": _melange,
-    "aibrix": _aibrix,
-    "vllm": _vllm,
-    "guidellm": _guidellm,
-}
 
 
 def _clamp(tokens: float, axis: Sequence[float]) -> float:

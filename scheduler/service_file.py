@@ -16,7 +16,7 @@ from scheduler.hardware import Catalogue, Gpu, Model, Offer, convert, read_catal
 from scheduler.measured import WorkerProfile, read_worker_profile
 from scheduler.messages import Role
 from scheduler.problem import Limit
-from scheduler.profile_import import Format
+from scheduler.profile_formats import Format
 from scheduler.profiles import StepProfile
 from scheduler.service_checks import (
     MOST_TOKENS,
