@@ -35,7 +35,7 @@ SHARES = 16_384  # 1,024 is usual
 MODEL = "smollm2"
 NAME = "smollm2-135m-instruct"
 IDS = range(1000, 40_000)  # plain words' tokens
-READY_S, LOOK_S = 120.0, 0.25
+READY_S, EMPTY_S, LOOK_S = 120.0, 10.0, 0.25
 SHARE = 0.9  # of the requests, in time: what goodput is about
 
 
@@ -47,10 +47,15 @@ class Box:
     cores: float
     role: str = "mixed"
     options: tuple[str, ...] = ()
+    place: tuple[str, ...] = ()  # words before its command: another host
 
 
 def can_cap() -> bool:
-    """Whether this machine lets us; says so on standard error if not."""
+    """Whether this machine lets us; says so on standard error if not.
+
+    From here on SIGTERM is like Ctrl-C: what was started ends, and its groups are removed.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with group("probe", 0.5):
             return True
@@ -71,7 +76,11 @@ def group(name: str, cores: float | None) -> Iterator[Path]:
             cap(path, cores)
         yield path
     finally:
-        path.rmdir()
+        for _ in range(int(EMPTY_S / LOOK_S)):
+            with suppress(OSError):  # what was killed may take a moment to be gone
+                path.rmdir()
+                break
+            time.sleep(LOOK_S)
 
 
 def cap(path: Path, cores: float) -> None:
@@ -171,21 +180,23 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(boxes: Sequence[Box], *options: str) -> AsyncIterator[Cluster]:
+async def cluster(
+    boxes: Sequence[Box], *options: str, host: str = "127.0.0.1"
+) -> AsyncIterator[Cluster]:
     """A router with these options, and the workers; everything ends with the context."""
     with ExitStack() as stack:
         groups = {box.name: stack.enter_context(group(box.name, box.cores)) for box in boxes}
-        http, join = free_port(), f"127.0.0.1:{free_port()}"
+        http, join = free_port(), f"{host}:{free_port()}"
         shape = ("--prefill", "0", "--decode", "0", "--port", str(http), "--cluster", join)
         router = stack.enter_context(group("router", None))
         stack.enter_context(_process(("serve", MODEL, *shape, *options), inside=router))
         cores = sorted(os.sched_getaffinity(0))
         for number, box in enumerate(boxes):
-            core = cores[number % len(cores)]
+            place = ("taskset", "--cpu-list", str(cores[number % len(cores)]), *box.place)
             words = ("--role", box.role, "--name", box.name, "--join", join, *box.options)
             engine = ("--threads", "1", "--kv-tokens", "16384", "--no-speculation")
             worker = ("worker", MODEL, *words, *engine)
-            stack.enter_context(_process(worker, inside=groups[box.name], core=core))
+            stack.enter_context(_process(worker, inside=groups[box.name], place=place))
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             it = Cluster(f"http://127.0.0.1:{http}", groups, session)
             await it.ready()
@@ -193,15 +204,16 @@ async def cluster(boxes: Sequence[Box], *options: str) -> AsyncIterator[Cluster]
 
 
 @contextmanager
-def _process(words: tuple[str, ...], inside: Path, core: int | None = None) -> Iterator[None]:
+def _process(words: tuple[str, ...], inside: Path, place: tuple[str, ...] = ()) -> Iterator[None]:
     """`motley WORDS`, from its first instruction in the control group."""
     enter = f'echo $$ > {inside}/cgroup.procs && exec "$@"'
-    place = ["taskset", "--cpu-list", str(core)] if core is not None else []
-    start = ["sh", "-c", enter, "sh", sys.executable, "-m", "motley"]
-    command = ["chrt", "--other", "0", *place, *start]
+    command = ["chrt", "--other", "0", "sh", "-c", enter, "sh", *place]
     environment: dict[str, Any] = os.environ | {"MOTLEY_SECRET": "of this bench"}
     process = subprocess.Popen(
-        [*command, *words], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*command, sys.executable, "-m", "motley", *words],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     try:
         yield
