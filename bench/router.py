@@ -8,8 +8,9 @@
 
 Each router is a process of its own, and so are its workers or engines and the load. The CPU
 time is the router's alone, from /proc, and robust on a busy machine; requests a second and
-latencies are not. A token of a prompt is 4 bytes. `added` is the latency at half the rate that the
-closed loop reached, less the time that the tokens take by themselves.
+latencies are not. A token of a prompt is 4 bytes. `added` is, at half the rate that the closed loop
+reached, how much later than without a router answers come at the median and at the 99th percentile:
+workers asked straight over the link (bench/router_floor.py), engines over HTTP.
 
 - chat: 1.2 KB, 16 tokens, not streamed; long: 220 KB, 1 token;
 - sse: 1.2 KB, 50 tokens streamed; crowd: 2,000 streams at once at 5 tokens a second.
@@ -19,18 +20,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import msgspec
 from msgspec.structs import replace
-from router_arms import ARMS, Arm
-from router_load import Load, Loaded
+from router_arms import ARMS, Arm, run_load
+from router_load import Load
 
 PEERS = Path(__file__).parent.parent / ".venv-peers-routers"
-LOAD = Path(__file__).with_name("router_load.py")
 MODEL = "m"
 
 
@@ -57,7 +55,7 @@ WORKLOADS = {
     "chat": Workload(1200, 16, False, 16, 3000, 1.0, half=True),
     "long": Workload(220_000, 1, False, 4, 150, 1.0),
     "sse": Workload(1200, 50, True, 16, 1000, 1.0),
-    "crowd": Workload(1200, 100, True, 2000, 2000, 200.0, ramp_s=20.0, engines=8),
+    "crowd": Workload(1200, 150, True, 2000, 2000, 200.0, ramp_s=20.0, engines=4),
 }
 
 
@@ -114,17 +112,17 @@ def measure(router: str, name: str, workload: Workload, arm: Arm) -> Figure:
         warm = max(4, workload.requests // 20)
         few = min(workload.connections, 16, warm)
         short = min(4, workload.tokens)
-        _run(replace(load, requests=warm, connections=few, tokens=short, ramp_s=0.0))
+        run_load(replace(load, requests=warm, connections=few, tokens=short, ramp_s=0.0))
         before = arm.cpu_s()
-        done = _run(load)
+        done = run_load(load)
         cpu = arm.cpu_s() - before
         rss = arm.rss_mb()
         added = None
         if workload.half and not done.errors:
             rate = done.requests / done.wall / 2
-            half = replace(load, rate=rate, requests=max(1, workload.requests // 3))
-            own = workload.tokens * workload.step_ms / 1000
-            added = [(late - own) * 1e3 for late in _run(half).latencies]
+            half = replace(load, rate=rate, requests=max(2 * arm.engines, workload.requests // 3))
+            through, floor = run_load(half).latencies, arm.floor(half)
+            added = [(quantile(through, at) - quantile(floor, at)) * 1e3 for at in (0.5, 0.99)]
     count = max(done.requests, 1)
     return Figure(
         router=router,
@@ -139,15 +137,13 @@ def measure(router: str, name: str, workload: Workload, arm: Arm) -> Figure:
         token_us=cpu / done.events * 1e6 if done.events else None,
         load_cpu_us=done.cpu / count * 1e6,
         rss_mb=rss,
-        added_p50_ms=median(added) if added else None,
-        added_p99_ms=added[int(len(added) * 0.99)] if added else None,
+        added_p50_ms=added[0] if added else None,
+        added_p99_ms=added[1] if added else None,
     )
 
 
-def _run(load: Load) -> Loaded:
-    command = [sys.executable, str(LOAD), msgspec.json.encode(load).decode()]
-    done = subprocess.run(command, capture_output=True, check=True, timeout=300)
-    return msgspec.json.decode(done.stdout, type=Loaded)
+def quantile(ordered: list[float], share: float) -> float:
+    return ordered[int(len(ordered) * share)]
 
 
 def _print(figure: Figure, *, head: bool) -> None:

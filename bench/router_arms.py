@@ -14,10 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.error import URLError
 
+import msgspec
+from msgspec.structs import replace
+from router_floor import Floor
+from router_load import Load, Loaded
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 READY_S = 90.0
+LOAD, FLOOR = (Path(__file__).with_name(f"router_{name}.py") for name in ("load", "floor"))
 ROOT = Path(__file__).parents[1]
 QUESTION = b'{"model":"m","max_tokens":1,"messages":[{"role":"user","content":"Hello"}]}'
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -32,12 +38,16 @@ class Arm(ABC):
         self._peers = peers
         self._step_ms = step_ms
         self._asked = processes
-        self._engines = engines
+        self.engines = engines
         self._started: list[subprocess.Popen[bytes]] = []
 
     @abstractmethod
     def start(self) -> None:
         """Start everything; the router last."""
+
+    @abstractmethod
+    def floor(self, load: Load) -> list[float]:
+        """Latencies of the same requests, at the same rate, without the router. Seconds."""
 
     @property
     def routers(self) -> list[int]:
@@ -107,13 +117,29 @@ class Arm(ABC):
 class Motley(Arm):
     """Our router and its workers, over our own link, with the full policy."""
 
+    @property
+    def model(self) -> str:
+        return f"m=fake:step_ms={self._step_ms},word=4,sequences=1024"
+
+    def floor(self, load: Load) -> list[float]:
+        floor = Floor(
+            model=self.model,
+            workers=self.engines,
+            rate=load.rate,
+            requests=load.requests,
+            prompt_bytes=load.prompt_bytes,
+            tokens=load.tokens,
+        )
+        command = [sys.executable, str(FLOOR), msgspec.json.encode(floor).decode()]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=300)
+        return msgspec.json.decode(done.stdout, type=list[float])
+
     def start(self) -> None:
         self.processes = self._asked
-        model = f"m=fake:step_ms={self._step_ms},word=4"
-        roles = ("--prefill", "0", "--decode", "0", "--mixed", str(self._engines))
+        roles = ("--prefill", "0", "--decode", "0", "--mixed", str(self.engines))
         routers = ("--routers", str(self._asked)) if self._asked > 1 else ()
         self._begin(
-            *(sys.executable, "motley.py", "serve", model, *roles, *routers),
+            *(sys.executable, "motley.py", "serve", self.model, *roles, *routers),
             *("--port", str(self.port), "--kv-tokens", "4000000"),
         )
 
@@ -124,13 +150,17 @@ class Relay(Arm):
     module = ""
     words: tuple[str, ...] = ()
 
+    def floor(self, load: Load) -> list[float]:
+        share = replace(load, port=self._ports[0], rate=load.rate / self.engines)
+        return run_load(replace(share, requests=load.requests // self.engines)).latencies
+
     def start(self) -> None:
-        ports = [free_port() for _ in range(self._engines)]
-        for port in ports:
+        self._ports = [free_port() for _ in range(self.engines)]
+        for port in self._ports:
             engine = str(Path(__file__).with_name("router_engine.py"))
             self._begin(sys.executable, engine, str(port), str(self._step_ms))
             self._wait(f"http://127.0.0.1:{port}/health")
-        self.route([f"http://127.0.0.1:{port}" for port in ports])
+        self.route([f"http://127.0.0.1:{port}" for port in self._ports])
 
     def route(self, urls: list[str]) -> None:
         """Start the router."""
@@ -170,6 +200,13 @@ ARMS: dict[str, Callable[[Path, float, int, int], Arm]] = {
     "sglang-router": SglangRouter,
     "vllm-router": VllmRouter,
 }
+
+
+def run_load(load: Load) -> Loaded:
+    """In a process of its own."""
+    command = [sys.executable, str(LOAD), msgspec.json.encode(load).decode()]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=300)
+    return msgspec.json.decode(done.stdout, type=Loaded)
 
 
 def free_port() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,14 +117,18 @@ def build(
 
     Raises SetupError that says what to do.
     """
+    fake = None
+    if _kind(model.location) == "fake":
+        fake = parse_options(model.location.partition(":")[2])
+        tokens = max(options.max_step_tokens, 2 * fake.sequences)
+        options = replace(options, max_sequences=fake.sequences, max_step_tokens=tokens)
     batcher = Batcher(
         BlockPool(blocks_for(options.kv_tokens)),
         max_step_tokens=options.max_step_tokens,
         max_sequences=options.max_sequences,
         pace=Pace(options.itl_bound_s),
     )
-    if _kind(model.location) == "fake":
-        fake = parse_options(model.location.partition(":")[2])
+    if fake:
         runner = FakeRunner(batcher.pool.size, fake)
         text = FakeText(fake.context, fake.word)
         return Engine(runner, text, batcher, speculate=options.speculate), runner.rates()

@@ -63,6 +63,7 @@ class FakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_tps: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # prompt tokens a second; 0: no time
     context: Annotated[int, msgspec.Meta(ge=1)] = SHAPE.context_length
     word: Annotated[int, msgspec.Meta(ge=1)] = 1  # bytes of a prompt that a token stands for
+    sequences: Annotated[int, msgspec.Meta(ge=1)] = 64  # that run at once
     parrot: bool = False  # say the prompt again and again: what drafts are right about
 
 

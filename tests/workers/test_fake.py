@@ -46,6 +46,11 @@ def test_a_model_is_found_as_the_operator_writes_it_and_as_a_child_gets_it(text,
     assert find(str(model)) == model
 
 
+def test_sequences_that_run_at_once():
+    engine, _ = build(Model("m", "fake:sequences=700"), EngineOptions(kv_tokens=16, threads=1))
+    assert (engine.batcher.max_sequences, engine.batcher.max_step_tokens) == (700, 1400)
+
+
 def test_build():
     engine, rates = build(
         Model("m", "fake:step_ms=4,prefill_tps=1000,context=99"), EngineOptions(33, threads=1)
