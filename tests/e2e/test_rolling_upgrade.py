@@ -66,8 +66,14 @@ async def ask(front, tokens: int = 40) -> str:
 
 @pytest.mark.parametrize(
     ("router", "prefill", "decode"),
-    [(NEW, OLD, NEW), (NEW, NEW, OLD), (OLD, NEW, NEW)],
-    ids=["prefill is old", "decode is old", "the router is old"],
+    [(NEW, OLD, NEW), (NEW, NEW, OLD), (OLD, NEW, NEW), (OLD, OLD, NEW), (OLD, NEW, OLD)],
+    ids=[
+        "prefill is old",
+        "decode is old",
+        "the router is old",
+        "only decode is new",
+        "only prefill is new",
+    ],
 )
 async def test_a_split_request_over_both_releases(cluster, until, router, prefill, decode):
     front = cluster(router, prefill1=prefill, decode1=decode)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +19,7 @@ from workers.text import Text
 from workers.weights.gguf_header import read_gguf
 from workers.weights.gguf_tokenizer import build_tokenizer
 
+LONG = "once upon a time there was a machine " * 10_000
 NOW = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
 TEXTS = [
     "a",
@@ -285,3 +289,20 @@ def test_fingerprints_are_equal_exactly_if_text_gives_the_same_tokens(smollm2, s
     ]
     assert fingerprint() == smollm2_text.fingerprint
     assert len(set(prints)) == len(prints)
+
+
+def test_a_long_prompt_lets_other_threads_go_on(smollm2_text):
+    """Else a worker would be silent for seconds, and taken for lost: by each that gets the prompt."""
+    begun = threading.Event()
+
+    def tokenise() -> None:
+        begun.set()
+        smollm2_text.encode(Prompt(text=LONG), NOW)
+
+    thread = threading.Thread(target=tokenise)
+    start = time.process_time()
+    thread.start()
+    begun.wait()
+    before_we_go_on = time.process_time() - start
+    thread.join()
+    assert before_we_go_on < (time.process_time() - start) / 2
