@@ -292,7 +292,7 @@ def test_fingerprints_are_equal_exactly_if_text_gives_the_same_tokens(smollm2, s
 
 
 def test_a_long_prompt_lets_other_threads_go_on(smollm2_text):
-    """Else a worker would be silent for seconds, and taken for lost: by each that gets the prompt."""
+    """Else a worker would be silent for seconds, and taken for lost, and so the next one."""
     begun = threading.Event()
 
     def tokenise() -> None:
