@@ -161,7 +161,7 @@ def _column(
         burst=_burst(demand, capacities) if service.choices.head_room else 0.0,
     )
     return column, Facts(
-        provenance="measured" if table else steps.provenance,
+        provenance=table.provenance if table else steps.provenance,
         source=table.source if table else steps.source,
         price=offer.provenance,
         priced=f"{offer.source}, {offer.date}",

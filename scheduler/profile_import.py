@@ -42,6 +42,10 @@ class CapacityTable(msgspec.Struct, frozen=True):
     rates: tuple[tuple[float, ...], ...]  # [inputs][outputs]
     source: str
 
+    @property
+    def provenance(self) -> Provenance:
+        return "measured"
+
     def rate(self, size: tuple[float, float]) -> Rate | None:
         """None next to a size at which the SLO could not be met."""
         (i, j), inside = _place(self.inputs, size[0]), self._covers(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -243,3 +244,13 @@ def test_a_benchmark_file_goes_before_the_roofline(tmp_path):
     facts = built.facts["llama-3.1-8b mixed L4 x1"]
     assert (facts.provenance, facts.source) == ("measured", "p.json")
     assert facts.extrapolated == ("500/100",)
+
+
+def test_a_plan_says_that_a_fit_is_one(tmp_path):
+    run = {"completed": 9, "total_input_tokens": 4500, "total_output_tokens": 900}
+    run |= {"request_throughput": 3.0, "mean_ttft_ms": 9.0, "mean_tpot_ms": 9.0}
+    (tmp_path / "p.json").write_text(json.dumps(run))
+    text = SERVED + '[[profile]]\nfile = "p.json"\nformat = "vllm"\nmodel = "llama-3.1-8b"\n'
+    text += 'gpu = "L4"\n[plan]\ngpus = ["L4"]\ntp = [1]\nroles = ["mixed"]\n'
+    facts = planned(text, tmp_path)[1].facts["llama-3.1-8b mixed L4 x1"]
+    assert (facts.provenance, facts.source) == ("assumed", "p.json, one size")
