@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from scheduler.aiconfigurator import table_profile
 from scheduler.capacity import Capacity, Slo, capacity
 from scheduler.cost import Provenance
 from scheduler.messages import Role
@@ -170,7 +171,8 @@ def _column(
 
 
 def step_profile(service: Service, demand: Demand, gpu: Gpu, tp: int) -> Profile:
-    """A measured worker; else steps, the service's own before the shipped; else the roofline."""
+    """The first of: a measured worker, steps (the service's own before the shipped),
+    aiconfigurator's tables, the roofline."""
     if measured := service.measured.get((demand.name, gpu.name, tp)):
         return measured
     for steps in service.catalogue.steps:
@@ -179,7 +181,9 @@ def step_profile(service: Service, demand: Demand, gpu: Gpu, tp: int) -> Profile
             tp,
         ):
             return steps
-    return roofline(demand.model, gpu, tp)
+    tables = service.tables.get(demand.name)
+    known = table_profile(tables.path, gpu.name, tp, tables.backend) if tables else None
+    return known or roofline(demand.model, gpu, tp)
 
 
 def _link(demand: Demand, gpu: Gpu, tp: int, capacities: dict[str, Capacity]) -> dict[str, float]:

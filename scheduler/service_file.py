@@ -10,6 +10,8 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from scheduler import aiconfigurator
+from scheduler.aiconfigurator import Backend
 from scheduler.capacity import Slo
 from scheduler.errors import SetupError
 from scheduler.hardware import Catalogue, Gpu, Model, Offer, convert, read_catalogue
@@ -82,6 +84,14 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_edges: tuple[float, ...] = ()
 
 
+class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """aiconfigurator-core's tables for `model` (if left out, the only one), there called `path`."""
+
+    path: str
+    model: str = ""
+    backend: Backend = "vllm"
+
+
 class Choices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a plan may hold, and what is asked of it beyond cost (`planner_model.Options`).
 
@@ -135,6 +145,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[Model, ...] = ()
     step: tuple[StepProfile, ...] = ()
     profile: tuple[ProfileFile, ...] = ()
+    aiconfigurator: tuple[Tables, ...] = ()
 
 
 class Demand(msgspec.Struct, frozen=True):
@@ -147,7 +158,8 @@ class Demand(msgspec.Struct, frozen=True):
 class Service(msgspec.Struct, frozen=True):
     """A service file with everything it names, checked. `folder` is where its paths start.
 
-    `measured` are those of the `profiles` that are our own, by model's name here, GPU and TP.
+    `measured` are those of the `profiles` that are our own, by model's name here, GPU and TP;
+    `tables` say what aiconfigurator-core may be asked, by model's name.
     """
 
     demands: tuple[Demand, ...]
@@ -156,6 +168,7 @@ class Service(msgspec.Struct, frozen=True):
     limits: tuple[Limit, ...]
     profiles: tuple[ProfileFile, ...]
     measured: dict[Key, WorkerProfile]
+    tables: dict[str, Tables]
     folder: Path
     autoscale: Autoscaling = Autoscaling()
 
@@ -207,6 +220,7 @@ def parse_service(text: str, folder: Path) -> Service:
         file.limit,
         file.profile,
         measured,
+        _tables(file, names),
         folder,
         file.autoscale,
     )
@@ -226,6 +240,18 @@ def _place(
     if model not in names:
         raise SetupError(f"profile[{at}].model: no [[model]] is called {model!r}")
     return model, profile.gpu, profile.tp
+
+
+def _tables(file: _File, names: list[str]) -> dict[str, Tables]:
+    found: dict[str, Tables] = {}
+    for at, each in enumerate(file.aiconfigurator):
+        model = each.model or (names[0] if len(names) == 1 else "")
+        if model not in names or model in found:
+            raise SetupError(f"aiconfigurator[{at}].model: name a [[model]], each at most once")
+        aiconfigurator.check_installed()
+        aiconfigurator.check_known(each.path, f"aiconfigurator[{at}].path")
+        found[model] = each
+    return found
 
 
 def _extended(shipped: Catalogue, file: _File, measured: list[WorkerProfile]) -> Catalogue:
