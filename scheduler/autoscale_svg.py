@@ -6,6 +6,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
+from scheduler.pareto_svg import DARK, LIGHT, TONES, style
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -17,7 +19,6 @@ Points = list[tuple[float, float]]
 WIDTH, LEFT, RIGHT = 1080.0, 62.0, 20.0
 HEAD, GAP = 104.0, 58.0
 HEIGHTS = {"rate": 120.0, "paid": 220.0, "met": 170.0}
-TONES = ("#4477aa", "#228877", "#cc6677", "#77736b")  # in the order of the policies
 WORST = 0.5  # attainments below are drawn at the lower edge
 BIN_S = 900.0  # attainment is drawn of so long
 
@@ -45,7 +46,7 @@ def picture(answer: Comparison) -> str:
     return "".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {high:g}" '
-            f'width="{WIDTH:g}" height="{high:g}">{_STYLE}'
+            f'width="{WIDTH:g}" height="{high:g}">{_style()}'
             f'<rect class="card" width="{WIDTH:g}" height="{high:g}"/>',
             *_legend(answer),
             *_panels(answer),
@@ -54,12 +55,19 @@ def picture(answer: Comparison) -> str:
     )
 
 
-_STYLE = (
-    "<style>text{font:12px system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#5b6776}"
-    ".title{font-size:14px;font-weight:600;fill:#16202c}.card{fill:#fff}.grid{stroke:#e2e6eb}"
-    ".line{fill:none;stroke-width:1.8;stroke-linejoin:round}.came{fill:#c9d5e3}"
-    ".at{stroke:#16202c;stroke-width:1.2}.asked{stroke:#16202c;stroke-dasharray:5 4}</style>"
-)
+def _style() -> str:
+    fixed = (
+        ".line{fill:none;stroke-width:1.8;stroke-linejoin:round}.change{stroke-width:1.2}"
+        ".wanted{stroke-dasharray:5 4}.came{fill-opacity:.35}"
+    )
+    dark = f"@media(prefers-color-scheme:dark){{{_strokes(1)}}}"
+    return f"<style>{style()}{fixed}{_strokes(0)}{dark}</style>"
+
+
+def _strokes(theme: int) -> str:
+    tones = "".join(f".line{at}{{stroke:{tone[theme]}}}" for at, tone in enumerate(TONES))
+    ink = (LIGHT, DARK)[theme]["ink"]
+    return f"{tones}.change,.wanted{{stroke:{ink}}}"
 
 
 def _legend(answer: Comparison) -> Iterator[str]:
@@ -67,9 +75,9 @@ def _legend(answer: Comparison) -> Iterator[str]:
         x, y = LEFT + at % 2 * 520, 30 + at // 2 * 26
         switches = sum(day.switches.values())
         said = f"{day.dollars:.2f} $, {day.attainment:.1%} in time, {switches} switches"
-        yield f'<rect x="{x:g}" y="{y - 10:g}" width="22" height="5" fill="{TONES[at]}"/>'
-        yield f'<text class="title" x="{x + 30:g}" y="{y:g}">{escape(name)}</text>'
-        yield f'<text x="{x + 140:g}" y="{y:g}">{said}</text>'
+        yield f'<rect x="{x:g}" y="{y - 10:g}" width="22" height="5" class="tone{at}"/>'
+        yield f'<text class="title ink" x="{x + 30:g}" y="{y:g}">{escape(name)}</text>'
+        yield f'<text class="soft" x="{x + 140:g}" y="{y:g}">{said}</text>'
 
 
 def _panels(answer: Comparison) -> Iterator[str]:
@@ -83,7 +91,7 @@ def _panels(answer: Comparison) -> Iterator[str]:
     yield _came(box, ours)
     for change in answer.changes:
         x = box.x(change.at / 3600)
-        yield f'<path class="at" d="M{x:.1f} {box.top:g}v10"/>'
+        yield f'<path class="change" d="M{x:.1f} {box.top:g}v10"/>'
     top += HEIGHTS["rate"] + GAP
     dearest = max(window.paid for day in answer.days.values() for window in day.windows)
     box = _Box(top, HEIGHTS["paid"], hours, 0.0, _round(dearest))
@@ -97,33 +105,33 @@ def _panels(answer: Comparison) -> Iterator[str]:
     yield from _frame(box, f"within both limits (of {BIN_S / 60:g} minutes)", "{:.0%}")
     yield from _lines(box, [_met(day) for day in answer.days.values()])
     y = box.y(answer.share)
-    yield f'<path class="asked" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
+    yield f'<path class="wanted" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
 
 
 def _frame(box: _Box, title: str, label: str) -> Iterator[str]:
-    yield f'<text class="title" x="{LEFT:g}" y="{box.top - 12:g}">{escape(title)}</text>'
+    yield f'<text class="title ink" x="{LEFT:g}" y="{box.top - 12:g}">{escape(title)}</text>'
     for part in range(6):
         value = box.low + (box.high - box.low) * part / 5
         y = box.y(value)
         yield f'<path class="grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
         said = label.format(value)
-        yield f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{said}</text>'
+        yield f'<text class="soft" x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{said}</text>'
     step = max(1, math.ceil(box.hours / 12))
     for hour in range(0, math.floor(box.hours) + 1, step):
-        y = box.top + box.height + 16
-        yield f'<text x="{box.x(hour):.1f}" y="{y:g}" text-anchor="middle">{hour} h</text>'
+        x, y = box.x(hour), box.top + box.height + 16
+        yield f'<text class="soft" x="{x:.1f}" y="{y:g}" text-anchor="middle">{hour} h</text>'
 
 
 def _came(box: _Box, day: DayReport) -> str:
     line = _line(box, _stairs(day, [window.rate for window in day.windows], box.hours))
     base = box.y(0.0)
-    return f'<path class="came" d="M{LEFT:g} {base:.1f}L{line}V{base:.1f}Z"/>'
+    return f'<path class="came tone7" d="M{LEFT:g} {base:.1f}L{line}V{base:.1f}Z"/>'
 
 
 def _lines(box: _Box, lines: Sequence[Points]) -> Iterator[str]:
     """Ours last, so that it lies above."""
-    for tone, points in reversed(list(zip(TONES, lines, strict=True))):
-        yield f'<path class="line" stroke="{tone}" d="M{_line(box, points)}"/>'
+    for at, points in reversed(list(enumerate(lines))):
+        yield f'<path class="line line{at}" d="M{_line(box, points)}"/>'
 
 
 def _line(box: _Box, points: Points) -> str:

@@ -275,8 +275,8 @@ def test_the_command_compares_the_policies(asked, capsys, tmp_path):
     assert 0 < answer.forecasts[MODEL].error < 0.5
     picture = (tmp_path / "day.svg").read_text()
     assert picture.startswith("<svg")
-    assert picture.count('class="line"') == 8
-    assert picture.count('class="at"') == len(answer.changes)
+    assert picture.count('class="line ') == 8
+    assert picture.count('class="change"') == len(answer.changes)
     console = Console(width=200, record=True, file=io.StringIO())
     for each in shown(answer, decisions=True):
         console.print(each)
