@@ -89,6 +89,7 @@ class Autoscaler:
         windows = max(1, math.ceil(settings.hold_s / settings.window_s))
         self._needs: deque[dict[str, float]] = deque(maxlen=windows)
         self._declined = _Declined()
+        self._target: dict[str, int] = {}  # of the last plan
 
     def window(
         self, seen: Mapping[str, Seen], running: Sequence[Running], ready: Mapping[str, int]
@@ -101,9 +102,11 @@ class Autoscaler:
         self._needs.append({name: model.need for name, model in self._models.items()})
         held = {name: max(need[name] for need in self._needs) for name in self._models}
         counts = dict(Counter(w.column for w in running if w.state != "draining"))
-        said = self._planned(counts, held)
+        on_the_way = any(worker.state != "ready" for worker in running)
+        said = self._planned(counts, held, on_the_way=on_the_way)
         stages: tuple[Stage, ...] = ()
         if said.plan:
+            self._target = said.plan.replicas
             stages = self._stages(running, said.plan, self._needs[-1])
         corrections = {name: model.correction for name, model in self._models.items()}
         return Decision(said.plan, said.due, stages, said.reason, forecasts, corrections, held)
@@ -133,9 +136,13 @@ class Autoscaler:
         for name, model in self._models.items():
             model.judge(seen[name], enough=enough)
 
-    def _planned(self, counts: dict[str, int], held: dict[str, float]) -> _Said:
+    def _planned(
+        self, counts: dict[str, int], held: dict[str, float], *, on_the_way: bool
+    ) -> _Said:
         needed = self.problem(held)
         spare = self._service.choices.spare
+        if on_the_way and not short_of(needed, self._target, spare=spare):
+            return _Said("the last plan is on its way")
         short = short_of(needed, counts, spare=spare)
         if not short and self._declined.still(counts, held):
             return _Said(self._declined.reason)

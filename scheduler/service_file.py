@@ -124,7 +124,7 @@ class Autoscaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flip_s: float = 10.0
     drain_s: float = 60.0
     hold_s: float = 1800.0
-    horizon_s: float = 3600.0
+    horizon_s: float = 900.0
     cover: float = 0.8
     band: float = 0.05
 

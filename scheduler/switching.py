@@ -115,8 +115,8 @@ class _Switch:
     def stages(self) -> tuple[Stage, ...]:
         stages: list[Stage] = []
         while self._flips or self._starts:
-            changes = self._safe_flips() + self._possible_starts()
-            stages.append(changes + self._awaits() or self._forced())
+            changes = self._safe_flips() + self._possible_starts() + self._awaits()
+            stages.append(changes + self._substitutes() or self._forced())
         if self._drains and self._awaited:
             stages.append(self._awaits())
         stages.append(self._all_drains())
@@ -142,6 +142,23 @@ class _Switch:
             self._flips.remove((worker, column))
             steps.append(self._flip(worker, column))
         return tuple(steps)
+
+    def _substitutes(self) -> Stage:
+        """Flips that will not be safe after this stage either: their substitutes start with it."""
+        steps: list[Step] = []
+        while (unsafe := self._unsafe()) and self._room(self._rented + Counter([unsafe[1]])):
+            self._flips.remove(unsafe)
+            self._drains.append(unsafe[0])
+            steps.append(self._start(unsafe[1]))
+        return tuple(steps)
+
+    def _unsafe(self) -> tuple[Running, str] | None:
+        before = self._unserved(self._ready)
+        for worker, column in self._flips:
+            lost = Counter([worker.column]) if worker.state == "ready" else Counter[str]()
+            if self._unserved(self._ready - lost) > before + SMALL:
+                return worker, column
+        return None
 
     def _flip(self, worker: Running, column: str, short: float = 0.0) -> Step:
         self._rented[worker.column] -= 1
@@ -178,8 +195,6 @@ class _Switch:
 
     def _forced(self) -> Stage:
         """No flip is safe, and no start has room: make some, with the least harm."""
-        if self._flips and self._substituted():
-            return self._possible_starts()
         if self._leaving:
             steps = tuple(Step("stop", worker.name, worker.column) for worker in self._leaving)
             self._rented -= Counter(worker.column for worker in self._leaving)
@@ -200,16 +215,6 @@ class _Switch:
         column = next(column for flipped, column in self._flips if flipped is worker)
         self._flips.remove((worker, column))
         return (self._flip(worker, column, short),)
-
-    def _substituted(self) -> bool:
-        """One flip becomes a start, whose stop comes at the end; False if there is no room."""
-        worker, column = self._flips[0]
-        if not self._room(self._rented + Counter([column])):
-            return False
-        self._flips.pop(0)
-        self._starts.append(column)
-        self._drains.append(worker)
-        return True
 
 
 def _difference(
