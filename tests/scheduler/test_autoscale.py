@@ -157,6 +157,14 @@ def test_what_is_needed_is_never_nothing():
     assert cluster.enough_for(0.01)
 
 
+def test_a_plan_whose_machines_are_on_their_way_is_let_arrive():
+    cluster = Cluster(6, start_s=1000.0)
+    assert cluster.windows([6, 6, 12]) == [2]
+    reasons = [cluster.window(12).reason for _ in range(3)]
+    assert reasons == ["the last plan is on its way"] * 3
+    assert cluster.window(40).plan
+
+
 def test_limits_are_kept_and_said():
     cluster = Cluster(6, SERVICE + '[[limit]]\ngpu = "L4"\ngpus = 8\n')
     reasons = [cluster.window(rate).reason for rate in [6] * 3 + [200] * 9]
