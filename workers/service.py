@@ -258,17 +258,21 @@ class WorkerService:
 
     async def _tokenise(self, question: Tokenise) -> None:
         """Always ends in a Tokenised or in one Failed."""
-        text, kind = self._engine.text, FailureKind.BAD_REQUEST
+        kind = FailureKind.BAD_REQUEST
         try:
-            ids = await asyncio.to_thread(text.encode, question.prompt, question.created)
-            said = b"".join(map(text.token_bytes, ids)).decode(errors="replace")
-            self._tell(Tokenised(question.id, ids, tuple(map(text.token_text, ids)), said))
+            self._tell(await asyncio.to_thread(self._tokenised, question))
         except BadRequest as error:
             self._tell(Failed(question.id, 0, kind, error.message, error.param, error.code))
         except Exception as error:  # whoever asked hears of it, the worker goes on
             logger.exception("question %s failed", question.id)
             reason = f"{type(error).__name__}: {error}"
             self._tell(Failed(question.id, 0, FailureKind.INTERNAL, reason))
+
+    def _tokenised(self, question: Tokenise) -> Tokenised:
+        text = self._engine.text
+        ids = text.encode(question.prompt, question.created)
+        said = b"".join(map(text.token_bytes, ids)).decode(errors="replace")
+        return Tokenised(question.id, ids, tuple(map(text.token_text, ids)), said)
 
     async def _hand_over(self, job: Job, prompt: list[int], peer: Peer) -> None:
         """Reserve there; compute the prompt here and push it meanwhile."""
