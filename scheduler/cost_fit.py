@@ -31,9 +31,10 @@ CLIP = 3.0  # errors beyond so many usual ones count as so many
 USUAL = 0.1  # weight of the newest error in the usual one
 # Under a CPU quota, or beside other work, most steps run at full speed and some stand still for
 # many times as long. Neither kind says what the next request will see: their sum does, and as the
-# line adds up, steps that together took so long are one observation of it. (Longer ones would tell
-# less of how a prompt's tokens and a sequence differ.)
-SEEN_S = 0.05
+# line adds up, steps that together took so long are one observation of it. The larger its errors
+# are, the more steps it is of: what varies by chance evens out. No more than that, or a prompt's
+# tokens and a sequence could not be told apart.
+SEEN_S, LONGEST_S = 0.05, 0.5
 
 
 def fit(
@@ -154,7 +155,8 @@ class Learner:
             return
         self._seconds += seconds
         self._sum = [total + value for total, value in zip(self._sum, (1.0, *shape), strict=True)]
-        if self._seconds >= SEEN_S:
+        longer = max(1.0, self._usual / NOISE) ** 2  # the variance of a mean falls with its length
+        if self._seconds >= min(SEEN_S * longer, LONGEST_S):
             self._learn(self._sum, self._seconds)
             self._sum, self._seconds = [0.0] * SIZE, 0.0
 

@@ -222,16 +222,22 @@ def test_one_step_that_something_held_up_moves_little():
 @pytest.mark.parametrize("cap", [0.5, 0.165])
 def test_under_a_cpu_quota_the_pace_in_the_long_run_is_learned(cap, period):
     """Most steps run at full speed, and some wait for the next period."""
-    learner, step = Learner(of_rates(Rates(1000.0, 0.003))), StepShape(0, 0, 1, 128)
-    left = period * cap
-    for _ in range(1000):
-        seconds, work = 0.0, 0.003
+    rng, truth = np.random.default_rng(3), CostModel(2.4e-3, 5e-4, 0.0, 6e-4, 1e-6, "measured")
+    learner, left = Learner(of_rates(Rates(1000.0, 0.003))), period * cap
+    for _ in range(2000):
+        batch = int(rng.integers(1, 4))
+        step = StepShape(0, 0, batch, 150 * batch)
+        if rng.random() < 0.06:
+            step = StepShape(int(rng.integers(20, 300)), 0, batch, 150 * batch)
+        seconds, work = 0.0, truth.predict(step)
         while work > left:
             seconds += left + period * (1 - cap)
             work, left = work - left, period * cap
         left -= work
         learner.see(step, seconds + work)
-    assert learner.model.decode_step_s(1, 128) == pytest.approx(0.003 / cap, rel=0.15)
+    capped, found = truth.slower(1 / cap), learner.model
+    assert found.decode_step_s(2, 300) == pytest.approx(capped.decode_step_s(2, 300), rel=0.2)
+    assert found.prefill_s(128) == pytest.approx(capped.prefill_s(128), rel=0.2)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
