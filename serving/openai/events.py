@@ -89,17 +89,15 @@ class Events:
         False: there is no room; `drain` before the next one.
         """
         self._waiting += event
-        if last:
+        if last or (self._swept and len(self._waiting) < _PACKET_MOST):
             return True
-        protocol = self._request.protocol
-        if self._first or protocol.writing_paused or len(self._waiting) > _PACKET_MOST:
+        if self._first or self._swept or self._request.protocol.writing_paused:
             return False
-        if not self._swept:
-            if self._clock() - self._wrote >= APART_S:
-                self.write()
-            else:
-                self._swept = True
-                self._sweep.add(self)
+        if self._clock() - self._wrote >= APART_S:
+            self.write()
+        else:
+            self._swept = True
+            self._sweep.add(self)
         return True
 
     def write(self) -> None:
