@@ -82,6 +82,10 @@ class LinearProgram:
         self._row_upper.append(upper)
         return number
 
+    def limit(self, row: int, upper: float) -> None:
+        """The row's upper end."""
+        self._row_upper[row] = upper
+
     def bound(self, variable: int, lower: float, upper: float) -> None:
         self._lower[variable], self._upper[variable] = lower, upper
 

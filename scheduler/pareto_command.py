@@ -146,8 +146,11 @@ def said(service: Service) -> str:
 
 def _facts(service: Service, curves: Sequence[Curve], seconds: float) -> Iterator[tuple[str, str]]:
     points = [point for curve in curves for point in curve.points]
-    sure = sum(point.certified is not None for point in points)
-    yield "Points", f"each a plan of its own, {seconds:.0f} s in all; {sure} of them simulated"
+    sure = sum(point.certified is not None for point in points if point.factor != 1)
+    yield (
+        "Points",
+        f"each a plan of its own, {seconds:.0f} s in all; besides what is asked {sure} simulated",
+    )
     yield "Differences", "of what was planned from what was planned, simulation aside"
     yield "Least cost", f"proven within {max(point.gap for point in points):.1%}"
     yield "Staircases", "a plan for more is one for less: between two points the dearer one counts"

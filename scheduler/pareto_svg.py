@@ -140,8 +140,9 @@ class _Panel:
         self._low, self._high = places[0], places[-1]
         costs = [point.cost for point in self._points]
         costs += [p.certified.cost for p in self._points if p.certified]
-        self._step = _round(max(*costs, 1e-9) / 4)
-        self._top = self._step * math.ceil(max(*costs, 1e-9) * 1.12 / self._step)
+        most = max(costs) or 1.0  # nothing costs anything where nothing is served
+        self._step = _round(most / 4)
+        self._top = self._step * math.ceil(most * 1.12 / self._step)
 
     def parts(self) -> list[str]:
         return [

@@ -80,6 +80,8 @@ class PlanModel:
         self._add_limits()
         self._add_on_demand_share()
         self._add_switching()
+        shed = [(u, problem.buckets[b].rate) for b, u in self.shed.items()]
+        self._shed_row = self.program.row(shed)
         self._true_costs = list(self.program.costs)
         self.serve_all()
 
@@ -92,7 +94,8 @@ class PlanModel:
             self.program.fix(u, 0.0 if b in served else 1.0)
 
     def shed_least(self) -> None:
-        """Requests shed per second are the objective."""
+        """Requests shed per second are the objective, whatever was kept before."""
+        self.program.limit(self._shed_row, math.inf)
         served = {b for b, _ in self.pairs}
         for b in served:
             self.program.bound(self.shed[b], 0.0, 1.0)
@@ -101,8 +104,7 @@ class PlanModel:
 
     def keep_shed(self, rate: float) -> None:
         """The cost is the objective again, while no more than `rate` requests/s are shed."""
-        terms = [(u, self.problem.buckets[b].rate) for b, u in self.shed.items()]
-        self.program.row(terms, upper=rate * (1 + 1e-9) + 1e-9)
+        self.program.limit(self._shed_row, rate * (1 + 1e-9) + 1e-9)
         self.program.costs = self._true_costs + [0.0] * (
             len(self.program.costs) - len(self._true_costs)
         )

@@ -332,6 +332,15 @@ def test_the_loss_of_any_one_replica_leaves_enough():
     assert alone.replicas == {"big": 2}
 
 
+def test_where_limits_shed_a_part_spares_shed_more():
+    cheap = column("cheap", {"b": 2}, price=1)
+    big = column("big", {"b": 10}, price=4)
+    limits = tuple(Limit(gpu=each.gpu, gpus=most) for each, most in ((cheap, 3), (big, 1)))
+    problem = Problem(buckets(b=20), (cheap, big), limits)
+    assert solve(problem).shed == {"b": pytest.approx(0.2)}
+    assert solve(problem, spare=True).shed == {"b": pytest.approx(0.7)}  # big is lost: 3 x 2
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems(most_buckets=3, most_columns=3))
 def test_spares_hold_for_every_column_that_is_used(problem):
