@@ -97,7 +97,7 @@ class RandomModel:
         return StoredTensor(GGMLQuantizationType.Q4_0, dims, data)
 
     def matrix(self, name: str) -> Matrix:
-        """The same, made up as it would be packed, which is faster than packing it."""
+        """One of the same kind, made up as it would be packed: faster than packing that one."""
         outputs, inputs = self._dims[name]
         size = packed_bytes(KIND, outputs, inputs)
         panels = self._bits(name, size).reshape(-1, PANEL_ROWS * BLOCK_BYTES)
