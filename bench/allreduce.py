@@ -6,7 +6,7 @@
 
 "raw star" is the shortest program that does the same: blocking sockets, rank 0 adds and sends back.
 "pickle star" is what it costs to send the arrays as pickles. With --grid, every way is measured for
-several sizes and links; "chosen" is the one that a group would take after its own trial.
+several sizes and links; "chosen" is what a group's own trial took, before that.
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ from workers.group.allreduce import ALGORITHMS, Mesh
 from workers.group.formation import connect
 from workers.group.links import listener
 from workers.group.sum_cost import predicted_s
-from workers.group.words import Peer
+from workers.group.ways import measure as trial
+from workers.group.ways import rehearse
+from workers.group.words import ORDER, Peer, Try, Use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from workers.group.words import Word
+
+    Ways = tuple[tuple[int, str], ...]
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
 SECRET = b"bench"
@@ -116,10 +121,21 @@ WAYS: dict[str, Callable[[Mesh, Array], None]] = {
 
 
 def rank_main(
-    rank: int, server: socket.socket, peers: list[Peer], plan: list[tuple[str, int, int]], out: Any
+    rank: int,
+    server: socket.socket,
+    peers: list[Peer],
+    plan: list[tuple[str, int, int]],
+    sizes: Sequence[int],
+    out: Any,
 ) -> None:
-    """Sums of each (way, bytes, count); rank 0 tells the seconds of each."""
+    """Sums of each (way, bytes, count); rank 0 tells the seconds of each.
+
+    Before that, and told first, the way that a group would choose for each of `sizes`.
+    """
     mesh = connect(server, SECRET, 1, rank, peers)
+    ways = choice(mesh, sizes) if sizes else ()
+    if rank == 0:
+        out.send([next(way for bound, way in ways if size <= bound) for size in sizes])
     times: list[list[float]] = []
     for way, size, count in plan:
         part = np.ones(size // 4, np.float32)
@@ -137,8 +153,27 @@ def rank_main(
     mesh.close()
 
 
-def measure(ranks: int, plan: list[tuple[str, int, int]], link: Link | None) -> list[list[float]]:
-    """The plan in processes of their own, over loopback or over emulated links."""
+def choice(mesh: Mesh, sizes: Sequence[int]) -> Ways:
+    """A group's own trial: rank 0 measures, the others do as they are told."""
+    if mesh.rank == 0:
+
+        def say(word: Word) -> None:
+            for link in mesh.links.values():
+                link.say(word)
+
+        ways = trial(mesh, say, sizes)
+        say(Use(ways))
+        return ways
+    while not isinstance(order := mesh.links[0].hear(ORDER), Use):
+        assert isinstance(order, Try)
+        rehearse(mesh, order)
+    return order.ways
+
+
+def measure(
+    ranks: int, plan: list[tuple[str, int, int]], link: Link | None, sizes: Sequence[int] = ()
+) -> tuple[list[str], list[list[float]]]:
+    """Of processes of their own, over loopback or over emulated links: see `rank_main`."""
     servers = [listener("127.0.0.1", 0) for _ in range(ranks)]
     ports = [server.getsockname()[1] for server in servers]
     emulator = LinkEmulator(ports, link.delay_s, link.bytes_per_s) if link else None
@@ -147,26 +182,31 @@ def measure(ranks: int, plan: list[tuple[str, int, int]], link: Link | None) -> 
     for rank, server in enumerate(servers):
         seen = [emulator.port(rank, o) if emulator and o < rank else ports[o] for o in range(ranks)]
         peers = [Peer(str(other), "127.0.0.1", port) for other, port in enumerate(seen)]
-        process = multiprocessing.Process(target=rank_main, args=(rank, server, peers, plan, far))
+        process = multiprocessing.Process(
+            target=rank_main, args=(rank, server, peers, plan, sizes, far)
+        )
         process.start()
         processes.append(process)
-    if not near.poll(300):
-        raise SystemExit("the ranks did not answer")
-    times: list[list[float]] = near.recv()
+    answers = []
+    for _ in range(2):
+        if not near.poll(300):
+            raise SystemExit("the ranks did not answer")
+        answers.append(near.recv())
     for process in processes:
         process.join(10)
     for server in servers:
         server.close()
     if emulator:
         emulator.cut()
-    return times
+    chosen, times = answers
+    return chosen, times
 
 
 def loopback(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Ways in turn, round after round, so that a busy moment hits all alike."""
     names = list(WAYS)
     plan = [(way, options.size, options.count) for _ in range(options.rounds) for way in names]
-    times = measure(options.ranks, plan, None)
+    _, times = measure(options.ranks, plan, None)
     rows = []
     for number, way in enumerate(names):
         own = [seconds for row in times[number :: len(names)] for seconds in row]
@@ -176,18 +216,22 @@ def loopback(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every size over every link: measured, by the formula, and what a group would choose."""
+    """Every size over every link: measured, by the formula, and what a group would choose.
+
+    Ways in turn, round after round, so that a busy moment hits all alike.
+    """
     rows = []
+    cells = [(size, way) for size in SIZES for way in ALGORITHMS]
+    plan = [(way, size, options.count) for _ in range(options.rounds) for size, way in cells]
     links = [link for link in LINKS if options.link in (None, link.name)]
     for link in links:
-        trial = [(way, size, 3) for size in SIZES for way in ALGORITHMS]
-        plan = [*trial, *((way, size, options.count) for way, size, _ in trial)]
-        medians = [median(row) for row in measure(options.ranks, plan, link)]
-        for number, size in enumerate(SIZES):
-            first = number * len(ALGORITHMS)
-            tried = dict(zip(ALGORITHMS, medians[first:], strict=False))
-            measured = dict(zip(ALGORITHMS, medians[len(trial) + first :], strict=False))
-            chosen = min(tried, key=lambda way: tried[way])
+        ways, times = measure(options.ranks, plan, link, SIZES)
+        medians = {
+            cell: median(seconds for row in times[number :: len(cells)] for seconds in row)
+            for number, cell in enumerate(cells)
+        }
+        for size, chosen in zip(SIZES, ways, strict=True):
+            measured = {way: medians[size, way] for way in ALGORITHMS}
             formula = {
                 way: predicted_s(way, options.ranks, size, link.delay_s, link.bytes_per_s)
                 for way in ALGORITHMS

@@ -31,6 +31,11 @@ class Wire:
             return self._free
 
 
+def sleep_until(when: float) -> None:
+    if (wait := when - time.perf_counter()) > 0:
+        time.sleep(wait)
+
+
 class LinkEmulator:
     """Proxies between ranks: `port(dialler, listener)` stands for the listener's own port."""
 
@@ -80,11 +85,9 @@ class LinkEmulator:
             with suppress(OSError):
                 while data := source.recv(CHUNK):
                     sent = self._up[sender].carry(len(data), time.perf_counter())
-                    # The downlink takes the bytes as they come: only what others send delays them.
-                    start = sent - len(data) / self._up[sender]._rate + self._delay
-                    arrived = self._down[to].carry(len(data), start)
+                    first = sent - len(data) / self._up[sender]._rate + self._delay
                     with news:
-                        due.append((arrived, data))
+                        due.append((first, data))
                         news.notify()
             with news:
                 due.append((0.0, b""))
@@ -95,12 +98,14 @@ class LinkEmulator:
                 while True:
                     with news:
                         news.wait_for(lambda: due)
-                        when, data = due.popleft()
+                        first, data = due.popleft()
                     if not data:
                         target.shutdown(socket.SHUT_WR)
                         return
-                    if (wait := when - time.perf_counter()) > 0:
-                        time.sleep(wait)
+                    # The downlink takes the bytes as they come: only what others send delays them,
+                    # and of that only what is there before.
+                    sleep_until(first)
+                    sleep_until(self._down[to].carry(len(data), first))
                     target.sendall(data)
 
         for run in (take, give):

@@ -33,7 +33,8 @@ class Mesh:
         self.rank, self.size = rank, size
         self.links: dict[int, Link] = {}  # to all others
         self.kv_links: dict[int, Link] = {}  # between rank 0 and each other, for another thread
-        self.others = [other for other in range(size) if other != rank]
+        # From the next one on: when all send at once, each link has something to carry all the time.
+        self.others = [(rank + step) % size for step in range(1, size)]
         self._buffers: Array = np.empty((0,), np.float32)
 
     def add(self, other: int, link: Link, *, kv: bool) -> None:
