@@ -9,12 +9,13 @@ import pytest
 
 from scheduler.errors import ProtocolError, SetupError
 from workers.build import check_int8_sums
+from workers.group import ways as ways_module
 from workers.group.allreduce import ALGORITHMS
 from workers.group.allreduce_int8 import ALGORITHMS_INT8, decode, encode
 from workers.group.formation import connect
 from workers.group.links import accept, dial, listener
 from workers.group.sum_cost import fastest, predicted_s
-from workers.group.ways import ALL, ALWAYS, Combine, measure, rehearse
+from workers.group.ways import ALL, ALWAYS, IN_TURN, Combine, measure, rehearse
 from workers.group.words import Peer, Use
 
 SECRET = b"a secret"
@@ -158,6 +159,21 @@ def test_a_group_takes_the_fastest_way_of_each_size_that_it_tried(meshes):
         future.result()
     assert [size for size, _ in ways] == [4096, ALWAYS]  # the middle of the two, by their ratio
     assert {way for _, way in ways} <= ALL.keys()
+
+
+def test_where_there_is_no_time_for_all_ways_the_best_for_long_sums_is_tried_first(
+    meshes, monkeypatch
+):
+    """On a slow link; the other rank does whatever it is told."""
+    monkeypatch.setattr(ways_module, "BUDGET_S", 0.0)
+    one, other = meshes(2)
+    with ThreadPoolExecutor(1) as pool:
+
+        def say(word):
+            pool.submit(rehearse, other, word)
+
+        assert measure(one, say, [1024, 1 << 20]) == ((32_768, "two-shot"), (ALWAYS, "two-shot"))
+    assert set(IN_TURN) == ALL.keys()
 
 
 # ── who may join ────────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ class Mesh:
         self.rank, self.size = rank, size
         self.links: dict[int, Link] = {}  # to all others
         self.kv_links: dict[int, Link] = {}  # between rank 0 and each other, for another thread
-        # From the next one on: when all send at once, each link has something to carry all the time.
+        # From the next one on: when all send at once, no rank gets everything first.
         self.others = [(rank + step) % size for step in range(1, size)]
         self._buffers: Array = np.empty((0,), np.float32)
 
