@@ -57,18 +57,14 @@ async def test_the_openai_client_chats_and_a_split_answer_is_the_whole_one(serve
 
 @pytest.mark.asyncio
 async def test_workers_whose_kv_caches_are_of_unlike_types_serve_one_model(serve, launch):
-    """The hand-over converts. One in exact mode would be another model, and is refused."""
+    """The hand-over converts."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         cluster = f"127.0.0.1:{taken.getsockname()[1]}"
     secret = {"MOTLEY_SECRET": "of this test"}
     shape = ("--prefill", "1", "--decode", "0", "--cluster", cluster)
-    worker = ("worker", MODEL, "--role", "decode", "--join", cluster)
+    worker = ("worker", MODEL, "--role", "decode", "--name", "small", "--join", cluster)
     with serve(MODEL, *shape, environment=secret) as router:
-        with launch(*worker, "--name", "exact", "--mode", "exact", environment=secret) as refused:
-            assert refused.process.wait(60) == 2
-            assert "--mode and --quantize" in refused.log
-        small = (*worker, "--name", "small", "--kv-dtype", "int8")
-        with launch(*small, environment=secret) as other:
+        with launch(*worker, "--kv-dtype", "int8", environment=secret) as other:
             other.wait_for("joined the router")
             router.wait_for("keeps its KV cache in int8, prefill-0 in float16")
             async with client(router) as api:
