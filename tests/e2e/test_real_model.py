@@ -56,20 +56,23 @@ async def test_the_openai_client_chats_and_a_split_answer_is_the_whole_one(serve
 
 
 @pytest.mark.asyncio
-async def test_workers_whose_kv_caches_are_of_unlike_types_serve_one_model(serve, launch):
+async def test_workers_whose_kv_caches_are_of_unlike_types_serve_one_model(serve, launch, until):
     """The hand-over converts."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         cluster = f"127.0.0.1:{taken.getsockname()[1]}"
     secret = {"MOTLEY_SECRET": "of this test"}
     shape = ("--prefill", "1", "--decode", "0", "--cluster", cluster)
     worker = ("worker", MODEL, "--role", "decode", "--name", "small", "--join", cluster)
-    with serve(MODEL, *shape, environment=secret) as router:
-        with launch(*worker, "--kv-dtype", "int8", environment=secret) as other:
-            other.wait_for("joined the router")
-            router.wait_for("keeps its KV cache in int8, prefill-0 in float16")
-            async with client(router) as api:
-                reply = await api.completions.create(
-                    model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8
-                )
-            assert "Paris" in reply.choices[0].text
-            assert router.metric("motley_worker_kv_bytes_received_total", "small") > 0
+    with (
+        serve(MODEL, *shape, environment=secret) as router,
+        launch(*worker, "--kv-dtype", "int8", environment=secret) as other,
+    ):
+        other.wait_for("joined the router")
+        router.wait_for("keeps its KV cache in int8, prefill-0 in float16")
+        async with client(router) as api:
+            reply = await api.completions.create(
+                model=MODEL, prompt="The capital of France is", temperature=0, max_tokens=8
+            )
+        assert "Paris" in reply.choices[0].text
+        received = "motley_worker_kv_bytes_received_total", "small"
+        assert until(lambda: router.metric(*received) > 0, 10)
