@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import msgspec
 import numpy as np
 from latency_http import pieces
 from rich.console import Console
@@ -31,6 +32,7 @@ from rich.table import Table
 
 from scheduler.cost import CostModel, StepShape
 from scheduler.cost_fit import fit
+from scheduler.measured import read_worker_profile
 from scheduler.messages import Role
 from scheduler.simulate import simulate
 from scheduler.simulate_spec import WorkerSpec
@@ -38,6 +40,8 @@ from scheduler.workload import Arrival
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from scheduler.measured import WorkerProfile
 
 EXAMPLES = """\
 examples:
@@ -87,7 +91,8 @@ def main() -> None:
             for number, rate in enumerate(options.rates)
         ]
     limits = options.ttft_ms / 1e3, options.tpot_ms / 1e3
-    rows = [row for run in runs for row in _compare(run, _other(run, runs), limits)]
+    profile = read_worker_profile(options.profile) if options.profile else None
+    rows = [row for run in runs for row in _compare(run, _other(run, runs), profile, limits)]
     if options.json:
         print(json.dumps({"conditions": _conditions(options), "rows": rows}, indent=2))
         return
@@ -111,6 +116,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cap", type=float, help="share of a core that a worker may use (root)")
     parser.add_argument("--ttft-ms", type=float, default=2000.0, help="limit (default 2000)")
     parser.add_argument("--tpot-ms", type=float, default=30.0, help="limit (default 30)")
+    parser.add_argument(
+        "--profile", type=Path, help="of `motley profile`, taken in the same conditions: a row each"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -263,12 +271,18 @@ def _other(run: Run, runs: list[Run]) -> Run:
     return next((each for each in runs if each.arm == run.arm and each is not run), run)
 
 
-def _compare(run: Run, other: Run, limits: tuple[float, float]) -> list[dict[str, Any]]:
-    return [
-        _row(run, source, [_cost(steps, every) for steps in fitted.steps], limits)
+def _compare(
+    run: Run, other: Run, profile: WorkerProfile | None, limits: tuple[float, float]
+) -> list[dict[str, Any]]:
+    sources = {
+        source: [_cost(steps, every) for steps in fitted.steps]
         for source, fitted in (("other run", other), ("this run", run))
         for every in [[step for steps in fitted.steps for step in steps]]
-    ]
+    }
+    if profile:
+        line = msgspec.structs.replace(profile.cost, link_bytes_s=LINK_BYTES_S)
+        sources["profile"] = [line] * len(run.steps)
+    return [_row(run, source, costs, limits) for source, costs in sources.items()]
 
 
 def _cost(steps: list[tuple[StepShape, float]], every: list[tuple[StepShape, float]]) -> CostModel:

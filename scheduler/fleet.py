@@ -100,10 +100,6 @@ class Worker:
         link = self.links.get(other.name)
         return link.rate(assumed, max(self.moving, other.moving), now) if link else assumed
 
-    def price(self, tokens: int, now: float) -> float:
-        """Of a second, to a prompt of so many tokens, by the plan; 0 without one."""
-        return self.allowance.price(tokens, now) if self.allowance else 0.0
-
     @property
     def token_s(self) -> float:
         """Seconds of a prompt token in a full step, without its attention."""

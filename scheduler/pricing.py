@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from scheduler.fleet import Rank, Worker
+    from scheduler.shares import Allowance
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Pricer:
         self._length = demand.prompt_tokens + output / 2  # of a choice, on the mean
         self._need = demand.prompt_tokens + choices * output
         self._ttft, self._tpot = SAFETY * demand.ttft_s, SAFETY * demand.tpot_s
+        self._prices: dict[Allowance, float] = {}  # by column
 
     def decoded(self, worker: Worker) -> Decoded:
         if not self._tokens:
@@ -198,4 +200,11 @@ class Pricer:
         return risk(ttft / demand.ttft_s) + risk(tpot / demand.tpot_s) + SECOND * weight
 
     def _price(self, worker: Worker) -> float:
-        return worker.price(self._demand.prompt_tokens, self._now)
+        """Of a second there; it is asked for only where there are limits."""
+        allowance = worker.allowance
+        if allowance is None or not self._demand.limited:
+            return 0.0
+        price = self._prices.get(allowance)
+        if price is None:
+            price = self._prices[allowance] = allowance.price(self._demand.prompt_tokens, self._now)
+        return price

@@ -28,6 +28,8 @@ WINDOW_S = 30.0  # over which what a column gets is counted: older requests weig
 STEEP = 64.0  # prices that are 4 apart are outweighed by 2 % more than is due
 MOST = 1e4  # times what is due; also where nothing is
 ALIKE = 1.25  # costs that are nearer count as one: predictions err, and then queues decide
+PER_E = 1 / math.log(ALIKE)
+NOTHING = -sys.maxsize
 HOUR_S = 3600.0
 
 
@@ -71,8 +73,8 @@ def planned(
 
 
 def rounded(cost: float) -> int:
-    """Costs that are about alike give one number, dearer ones a higher one."""
-    return math.floor(math.log(cost, ALIKE)) if cost > 0 else -sys.maxsize
+    """Of 0 or more. Costs that are about alike give one number, dearer ones a higher one."""
+    return math.floor(math.log(cost) * PER_E) if cost else NOTHING
 
 
 @dataclass(eq=False, slots=True)
