@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scheduler.cost import CostModel
 
-MIXING_S = 5.0  # over which a worker's share of prompts is averaged
+MIXING_S = 3.0  # over which a worker's share of prompts is averaged
 MOST_MIXED = 0.9  # of a worker's time: beyond, the line between load and latency is a wall
 HANDOVER_S = 0.002  # words between the two workers, apart from the KV cache
 LINK_WORK = 0.1  # of a core's time goes to a KV cache that is on the link, at each end

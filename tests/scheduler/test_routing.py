@@ -59,7 +59,7 @@ P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 WITHOUT_LIMITS = {
     "a mixed worker alone does all": ([worker("m", M)], ("m",)),
     "a prompt on the decode worker, when that is no slower": (
-        [worker("p", P), worker("d", D)],
+        [worker("p", P, FAST.slower(1.1)), worker("d", D)],
         ("d",),
     ),
     "apart, when the decode worker is slow with prompts": (
@@ -268,7 +268,7 @@ def test_decode_workers_may_be_told_to_take_no_prompts():
     with pytest.raises(Unavailable, match="no prefill worker") as refused:
         chosen([worker("d", D)], local=False)
     assert refused.value.status == 503
-    assert chosen([worker("p", P), worker("d", D)], local=False) == ("d",)
+    assert chosen([worker("p", P, SLOW), worker("d", D)], local=False) == ("d",)
     replay = Demand(100, 50, avoid=frozenset("p"))
     assert chosen([worker("p", P), worker("d", D)], replay, local=False) == ("d", "no_prefill")
 
@@ -368,5 +368,5 @@ def test_predictions_follow_the_formula():
     beside = 0.01 + 0.002 * 5 + 1e-5 * 1000
     assert view.prompt_s(300, 4500) == pytest.approx(300 * (0.001 + beside / room) + 4500e-6)
     assert view.tpot_s(1, 200, NOW) == pytest.approx(0.01 + 0.002 * 6 + 1e-5 * 1200)
-    view.enqueue((0, 0), 1000, 0, NOW)  # a second of its next five is a prompt's
-    assert view.tpot_s(1, 200, NOW) == pytest.approx(0.034 / 0.8)
+    view.enqueue((0, 0), 1000, 0, NOW)  # a second of its next three is a prompt's
+    assert view.tpot_s(1, 200, NOW) == pytest.approx(0.034 / (2 / 3))
