@@ -1,23 +1,24 @@
 """When splitting prefill from decode pays: 4 prefill + 4 decode workers against 8 mixed ones.
 
-Simulated (`--simulated`), eight equal workers. Limits, fixed before any run: TTFT five times a lone
-prefill of this prompt, TPOT 1.5 times a lone step; 90 % of the requests must meet both. Prompts and
-outputs of one size each, Poisson arrivals. The mixed arm has least-load routing and its best
-piece size; the split arm has the router, which may split or not.
+Simulated, eight equal workers. Limits, fixed before any run: TTFT five times a lone prefill of this
+prompt, TPOT 1.5 times a lone step; 90 % of the requests must meet both, a refused one meets none.
+Prompts and outputs of one size each, or drawn from the Azure code trace (limits of its mean
+prompt); Poisson arrivals. Goodput of
 
-For each size: goodput of both, and the share that the router splits, of the 4 + 4 and of the 8
-when it routes those.
+- 8 mixed workers with least-load routing, at their best piece size,
+- 4 + 4 with the router, at their best piece size,
+- the 8 mixed with the router, which may split (share of the requests that it did), and with the
+  router told not to: at the piece size of the first.
 
     python -m bench.pd --simulated
-    python -m bench.pd --simulated --seconds 20 --json
+    python -m bench.pd --simulated --sizes 2048/64 code --seed 7 --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
-from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,25 +27,77 @@ from scheduler.capacity import Slo
 from scheduler.cost import CostModel
 from scheduler.messages import Role
 from scheduler.policies import POLICIES
+from scheduler.routing import Chosen, Lanes, priced
 from scheduler.simulate import simulate
 from scheduler.simulate_load import Process, draw
 from scheduler.simulate_report import goodput
 from scheduler.simulate_spec import WorkerSpec
-from scheduler.workload import Arrival
+from scheduler.workload import Arrival, read_trace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scheduler.pricing import Demand
     from scheduler.routing import Policy
     from scheduler.simulate_spec import Outcome
 
 # A model of 13 billion parameters on one A100: 512 tokens in 0.1 s, a step of 20 ms; 200 Gbit/s.
 COST = CostModel(0.018, 1.6e-4, 5e-9, 1e-4, 4e-7, "assumed", 819200, 2.5e10)
 KV_TOKENS = 60_000
-PROMPTS, OUTPUTS, PIECES = (128, 512, 2048), (16, 64, 256), (128, 512, 2048)
-LEAST, MOST = 200, 5000  # requests of a run
+PIECES = (128, 512, 2048)
+SIZES = [f"{prompt}/{output}" for prompt in (128, 512, 2048) for output in (16, 64, 256)]
+TRACE = Path(__file__).parents[1] / "loadtest/traces/azure2023_code_0_1200s.csv"
+LEAST, MOST = 300, 1500  # requests of a run
 SHARE = 0.9
+STEPS = 64  # of the highest rate: how exact goodput is
 
 
-def workers(*counts: tuple[Role, int], piece: int = 512) -> list[WorkerSpec]:
+def whole(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) -> Chosen:
+    """The router, told not to split."""
+    return priced(demand, Lanes((), lanes.decode), now, draw)
+
+
+class Case:
+    """One workload with its limits, and the same draws at every rate."""
+
+    def __init__(self, name: str, seconds: float, seed: int) -> None:
+        if name == "code":
+            self.sizes = read_trace(TRACE)
+        else:
+            prompt, output = map(int, name.split("/"))
+            self.sizes = [Arrival(0.0, prompt, output)]
+        self.prompt = round(sum(size.input for size in self.sizes) / len(self.sizes))
+        self.output = sum(size.output for size in self.sizes) / len(self.sizes)
+        self.slo = Slo(
+            5e3 * COST.prefill_s(self.prompt), 1.5e3 * COST.decode_step_s(1, self.prompt), SHARE
+        )
+        self._seconds, self._seed = seconds, seed
+
+    @property
+    def most(self) -> float:
+        """Requests/s that eight workers cannot have, who compute only prompts, or only decode."""
+        decode = self.output * COST.decode_step_s(256, 256 * self.prompt) / 256
+        return 8 / max(COST.prefill_s(self.prompt), decode) * 1.1
+
+    def run(self, pool: list[WorkerSpec], policy: Policy, rate: float) -> Outcome:
+        count = min(max(LEAST, round(rate * self._seconds)), MOST)
+        rng = np.random.default_rng(self._seed)
+        requests = draw(self.sizes, Process(), rng, count=count, rate=rate)
+        return simulate(pool, requests, policy=policy, slo=self.slo)
+
+    def goodput(self, pool: list[WorkerSpec], policy: Policy) -> float:
+        def attained(rate: float) -> float:
+            outcome = self.run(pool, policy, rate)
+            return float(outcome.met(self.slo.ttft_ms / 1e3, self.slo.tpot_ms / 1e3).mean())
+
+        return goodput(attained, SHARE, self.most, self.most / STEPS)
+
+    def best(self, policy: Policy, *counts: tuple[Role, int]) -> tuple[float, int]:
+        """Goodput, and the piece size that has it."""
+        return max((self.goodput(workers(*counts, piece=piece), policy), piece) for piece in PIECES)
+
+
+def workers(*counts: tuple[Role, int], piece: int) -> list[WorkerSpec]:
     return [
         WorkerSpec(f"{role}-{n}", role, COST, KV_TOKENS, max_step_tokens=piece, max_sequences=256)
         for role, count in counts
@@ -52,58 +105,26 @@ def workers(*counts: tuple[Role, int], piece: int = 512) -> list[WorkerSpec]:
     ]
 
 
-def slo(prompt: int) -> Slo:
-    return Slo(5e3 * COST.prefill_s(prompt), 1.5e3 * COST.decode_step_s(1, prompt), SHARE)
+def split_share(outcome: Outcome) -> float:
+    return float((outcome.prefilled != outcome.decoded)[~outcome.refused].mean())
 
 
-def run(
-    pool: list[WorkerSpec], size: tuple[int, int], policy: Policy, seconds: float, rate: float
-) -> Outcome:
-    count = min(max(LEAST, round(rate * seconds)), MOST)
-    requests = draw(
-        [Arrival(0.0, *size)], Process(), np.random.default_rng(2), count=count, rate=rate
-    )
-    return simulate(pool, requests, policy=policy, slo=slo(size[0]))
-
-
-def attained(
-    pool: list[WorkerSpec], size: tuple[int, int], policy: Policy, seconds: float, rate: float
-) -> float:
-    limits = slo(size[0])
-    outcome = run(pool, size, policy, seconds, max(rate, 1e-3))
-    return float(outcome.met(limits.ttft_ms / 1e3, limits.tpot_ms / 1e3).mean())
-
-
-def most(size: tuple[int, int]) -> float:
-    """Requests/s that eight workers cannot have: each computes nothing but prompts, or decodes."""
-    prompt, output = size
-    decode = output * COST.decode_step_s(256, 256 * prompt) / 256
-    return 8 / max(COST.prefill_s(prompt), decode) * 1.1
-
-
-def compare(size: tuple[int, int], seconds: float) -> dict[str, float]:
-    priced, plain = POLICIES["priced"], POLICIES["least-load"]
-    top = most(size)
-    found = {}
-    for piece in PIECES:
-        pool = workers((Role.MIXED, 8), piece=piece)
-        hold = partial(attained, pool, size, plain, seconds)
-        found[piece] = goodput(hold, SHARE, top, top / 50)
-    piece = max(found, key=lambda piece: found[piece])
-    apart = workers((Role.PREFILL, 4), (Role.DECODE, 4))
-    split = goodput(partial(attained, apart, size, priced, seconds), SHARE, top, top / 50)
-    together = workers((Role.MIXED, 8), piece=piece)
-    shares = [
-        run(pool, size, priced, seconds, max(rate, 1e-2))
-        for pool, rate in ((apart, split), (together, found[piece]))
-    ]
+def compare(case: Case) -> dict[str, float]:
+    mixed, piece = case.best(POLICIES["least-load"], (Role.MIXED, 8))
+    apart, apart_piece = case.best(priced, (Role.PREFILL, 4), (Role.DECODE, 4))
+    pool = workers((Role.MIXED, 8), piece=piece)
+    together = case.goodput(pool, priced)
     return {
-        "mixed": found[piece],
-        "piece": piece,
-        "split": split,
-        "gain": split / found[piece] if found[piece] else float("inf"),
-        "splits_4+4": float((shares[0].prefilled != shares[0].decoded).mean()),
-        "splits_8": float((shares[1].prefilled != shares[1].decoded).mean()),
+        "ttft_ms": case.slo.ttft_ms,
+        "tpot_ms": case.slo.tpot_ms,
+        "mixed": mixed,
+        "mixed_piece": piece,
+        "apart": apart,
+        "apart_piece": apart_piece,
+        "gain": apart / mixed if mixed else float("inf"),
+        "routed": together,
+        "routed_whole": case.goodput(pool, whole),
+        "routed_splits": split_share(case.run(pool, priced, together)) if together else 0.0,
     }
 
 
@@ -112,22 +133,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--simulated", action="store_true", required=True)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of a run (default 40)")
+    parser.add_argument("--sizes", nargs="*", default=[*SIZES, "code"], help="PROMPT/OUTPUT, code")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a run (default 20)")
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     answer = {}
     if not options.json:
-        print("prompt output  8 mixed (piece)   4 + 4   gain   the router splits of 4 + 4, of 8")
-    for size in product(PROMPTS, OUTPUTS):
-        row = answer[f"{size[0]}/{size[1]}"] = compare(size, options.seconds)
+        print(
+            f"{'':9}{'8 mixed':>8}{'piece':>6}{'4 + 4':>8}{'piece':>6}{'gain':>6}"
+            "   8 routed, whole only, split"
+        )
+    for name in options.sizes:
+        row = answer[name] = compare(Case(name, options.seconds, options.seed))
         if not options.json:
             print(
-                f"{size[0]:6} {size[1]:6} {row['mixed']:8.2f} {row['piece']:7} {row['split']:8.2f}"
-                f" {row['gain']:6.2f} {row['splits_4+4']:13.0%} {row['splits_8']:13.0%}",
+                f"{name:9}{row['mixed']:8.2f}{row['mixed_piece']:6}{row['apart']:8.2f}"
+                f"{row['apart_piece']:6}{row['gain']:6.2f}{row['routed']:11.2f}"
+                f"{row['routed_whole']:12.2f}{row['routed_splits']:7.1%}",
                 flush=True,
             )
+    lost = [name for name, row in answer.items() if row["gain"] < 1]
     if options.json:
         print(json.dumps(answer, indent=1))
+    else:
+        print("dedicated workers lose at:", ", ".join(lost) or "none of these")
 
 
 if __name__ == "__main__":
