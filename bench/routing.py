@@ -2,14 +2,16 @@
 
 The pool: 2 fast and 4 slow workers, speeds 3:1, links 8:1, the same six for every policy, so the
 same cost. Each policy runs in each assignment of roles (and prefix-threshold at each threshold) and
-counts with its best. A rate holds when 90 % of the requests meet both limits; a refused one meets
-none. The same draws are used at every rate.
+counts with its best. A rate holds when 90 % of the requests meet both limits, over all seeds; a
+refused one meets none. The same draws are used at every rate. What the router assumes (how wrong
+predictions are, what a hand-over must gain) was chosen on the first half of each trace and seeds
+from 500 to 699: the default is the second half, and other seeds.
 
 Regret: decisions to split or not, against those of an oracle that knows the whole future: it starts
 from the router's routes and reverses, one by one, each decision whose reversal helps.
 
     python -m bench.routing
-    python -m bench.routing --traces code --requests 400 --json
+    python -m bench.routing --traces code --requests 400 --seeds 1 2 3 --json
 """
 
 from __future__ import annotations
@@ -95,41 +97,60 @@ def pool(roles: tuple[Role, Role]) -> list[WorkerSpec]:
     ]
 
 
+class Draws(NamedTuple):
+    """The requests of one trace, several times over."""
+
+    name: str
+    requests: int
+    seeds: tuple[int, ...]
+    first: bool = False  # half of the trace, else the second
+
+    def at(self, rate: float) -> list[list[Arrival]]:
+        return [_load(self, seed, rate) for seed in self.seeds]
+
+
 @lru_cache(maxsize=64)
-def load(name: str, count: int, rate: float) -> list[Arrival]:
+def _load(draws: Draws, seed: int, rate: float) -> list[Arrival]:
     """Mooncake keeps its order, for its prefixes are shared with what is near."""
-    sizes = read_trace(TRACES / CASES[name].file)
-    process = Process("trace" if sizes[0].prefix else "poisson")
-    return draw(sizes, process, np.random.default_rng(1), count=count, rate=rate)
+    sizes = read_trace(TRACES / CASES[draws.name].file)
+    middle = len(sizes) // 2
+    sizes = sizes[:middle] if draws.first else sizes[middle:]
+    rng = np.random.default_rng(seed)
+    if not sizes[0].prefix:
+        return draw(sizes, Process(), rng, count=draws.requests, rate=rate)
+    begin = int(rng.integers(max(1, len(sizes) - draws.requests)))
+    window = sizes[begin : begin + draws.requests]
+    return draw(window, Process("trace"), rng, count=draws.requests, rate=rate)
 
 
 def met(outcome: Outcome, slo: Slo) -> float:
     return float(outcome.met(slo.ttft_ms / 1e3, slo.tpot_ms / 1e3).mean())
 
 
-def _attained(run: Callable[[float], Outcome], slo: Slo, rate: float) -> float:
-    return met(run(rate), slo)
-
-
-def best(name: str, policies: dict[str, Policy], count: int) -> Result:
+def best(draws: Draws, policies: dict[str, Policy]) -> Result:
     """Over all assignments of roles."""
-    case, result = CASES[name], Result(0.0, "none")
+    case, result = CASES[draws.name], Result(0.0, "none")
     for label, policy in policies.items():
         for roles, kinds in ROLES.items():
-            run = partial(_run, name, count, policy, kinds)
+            run = partial(_run, draws, policy, kinds)
             found = goodput(partial(_attained, run, case.slo), SHARE, case.most, case.most / 128)
             result.others[roles + label] = found
             if found > result.goodput:
-                outcome = run(found)
+                outcomes = run(found)
                 result.goodput, result.roles = found, roles + label
-                result.attainment = met(outcome, case.slo)
-                result.refused = float(outcome.refused.mean())
-                result.split = float((outcome.prefilled != outcome.decoded).mean())
+                result.attainment = _attained(run, case.slo, found)
+                result.refused = float(np.mean([o.refused.mean() for o in outcomes]))
+                result.split = float(np.mean([(o.prefilled != o.decoded).mean() for o in outcomes]))
     return result
 
 
-def _run(name: str, count: int, policy: Policy, kinds: tuple[Role, Role], rate: float) -> Outcome:
-    return simulate(pool(kinds), load(name, count, rate), policy=policy, slo=CASES[name].slo)
+def _attained(run: Callable[[float], list[Outcome]], slo: Slo, rate: float) -> float:
+    return float(np.mean([met(outcome, slo) for outcome in run(rate)]))
+
+
+def _run(draws: Draws, policy: Policy, kinds: tuple[Role, Role], rate: float) -> list[Outcome]:
+    slo = CASES[draws.name].slo
+    return [simulate(pool(kinds), each, policy=policy, slo=slo) for each in draws.at(rate)]
 
 
 # ── regret ──────────────────────────────────────────────────────────────────────────────────────
@@ -171,9 +192,9 @@ def _other(
     return Chosen(prefill, decode)
 
 
-def regret(name: str, kinds: tuple[Role, Role], rate: float, count: int) -> dict[str, float]:
-    """Of attainment, with the share of decisions that the oracle reversed."""
-    case, requests = CASES[name], load(name, count, rate)
+def regret(draws: Draws, kinds: tuple[Role, Role], rate: float) -> dict[str, float]:
+    """Of attainment, with the share of decisions that the oracle reversed; of the first draw."""
+    case, requests = CASES[draws.name], draws.at(rate)[0]
     flips: set[int] = set()
 
     def attained(tried: set[int]) -> float:
@@ -181,7 +202,7 @@ def regret(name: str, kinds: tuple[Role, Role], rate: float, count: int) -> dict
         return met(simulate(pool(kinds), requests, policy=policy, slo=case.slo), case.slo)
 
     router = top = attained(flips)
-    for number in range(count):
+    for number in range(draws.requests):
         tried = flips | {number}
         if (found := attained(tried)) > top:
             top, flips = found, tried
@@ -190,7 +211,7 @@ def regret(name: str, kinds: tuple[Role, Role], rate: float, count: int) -> dict
         "router": router,
         "oracle": top,
         "regret": 1 - router / top if top else 0.0,
-        "reversed": len(flips) / count,
+        "reversed": len(flips) / draws.requests,
     }
 
 
@@ -202,16 +223,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--requests", type=int, default=1000, help="of a run (default 1000)")
+    parser.add_argument("--requests", type=int, default=500, help="of a run (default 500)")
     parser.add_argument("--oracle", type=int, default=150, help="requests of a regret run")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[901, 902])
+    parser.add_argument("--first", action="store_true", help="half of each trace, not the second")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     answer: dict[str, object] = {}
     for name in options.traces:
-        results = {arm: best(name, policies, options.requests) for arm, policies in ARMS.items()}
+        draws = Draws(name, options.requests, tuple(options.seeds), options.first)
+        results = {arm: best(draws, policies) for arm, policies in ARMS.items()}
         rates = results["priced"].others  # each pool at the highest rate that it holds
         regrets = {
-            roles: regret(name, ROLES[roles], rates[roles], options.oracle)
+            roles: regret(draws._replace(requests=options.oracle), ROLES[roles], rates[roles])
             for roles in REGRET_ROLES
         }
         answer[name] = {

@@ -180,11 +180,11 @@ class Worker:
         crowding = predict.crowding(
             self.held, tokens, self.kv_tokens, self.running, choices, self.places
         )
-        return crowding * self.residual_s(tpot) if crowding else 0.0
+        return crowding * self.turnover_s(tpot) if crowding else 0.0
 
-    def residual_s(self, tpot: float) -> float:
-        """Seconds that a running choice still takes, on the mean."""
-        return predict.residual_s(self.left, self.outputs, self.running, tpot)
+    def turnover_s(self, tpot: float) -> float:
+        """Seconds until as many choices have ended as run now."""
+        return predict.turnover_s(self.left, self.outputs, self.running, tpot)
 
     def settle(self) -> None:
         """When nothing runs the sums are 0: what rounding left in them is not work."""

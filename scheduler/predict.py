@@ -68,12 +68,13 @@ def crowding(
     return max(over, (running + more - places) / running)
 
 
-def residual_s(left: float, outputs: float, running: float, tpot: float) -> float:
-    """How long a running sequence still takes, on the mean, where `left` of `outputs` tokens are.
+def turnover_s(left: float, outputs: float, running: float, tpot: float) -> float:
+    """Until as many have ended as run now, where `left` of `outputs` tokens are to come.
 
-    Long answers are met more often than they begin, so half a prediction is left at least.
+    Met at any moment they are half done, on the mean; long answers are met more often than they
+    begin, so it is a prediction's whole length at least.
     """
-    return max(left, outputs / 2) / max(running, 1) * tpot
+    return max(2 * left, outputs) / max(running, 1) * tpot
 
 
 def handed_tpot_s(tpot: float, exposed: float, tokens: float, step: float) -> float:

@@ -189,7 +189,7 @@ class Pricer:
         """Seconds until this route would be in time: its queue falls, or one of its batch ends."""
         if price.ttft > self._ttft:
             return price.ttft - self._ttft
-        return price.decode.residual_s(price.tpot) / max(price.decode.running, 1)
+        return price.decode.turnover_s(price.tpot) / max(price.decode.running, 1)
 
     def toll(self, ttft: float, tpot: float = 0.0) -> float:
         """Its own part."""

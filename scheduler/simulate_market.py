@@ -272,7 +272,7 @@ class Market:
                 book.held, ask.need, spec.kv_tokens, running, 1, spec.max_sequences
             )
             if crowding:
-                book.room = crowding * predict.residual_s(left, book.outputs, running, tpot)
+                book.room = crowding * predict.turnover_s(left, book.outputs, running, tpot)
         book.toll = 0.0
         if not self._limited:
             own = book.kind.own / (1 - book.share)

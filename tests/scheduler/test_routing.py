@@ -296,8 +296,8 @@ def test_a_pace_that_could_only_be_broken_is_refused_until_somebody_has_ended():
     with pytest.raises(Unavailable) as refused:
         chosen([m], Demand(1, 50, tpot_s=0.2))
     assert refused.value.status == 429
-    # Each has 10 tokens left: one of the 20 ends in the mean after half a step.
-    assert refused.value.retry_after == pytest.approx(10 / 20 * m.tpot_s(1, 26.0, NOW))
+    # Each has 10 tokens left, and so had 20: one of the 20 ends after a step, on the mean.
+    assert refused.value.retry_after == pytest.approx(m.tpot_s(1, 26.0, NOW))
 
 
 def test_one_that_is_late_by_its_own_length_is_served():
