@@ -39,6 +39,8 @@ class Placement:
     left: float  # of these, the ones that are still to come
     context: float  # on the decode worker
     held: float  # tokens of KV cache there
+    at: float  # when it was placed
+    given: int = 0  # tokens after its first ones
     bytes: float = 0.0  # on the link
     link: Link | None = None  # that they are on: its prompt is computed and its KV cache not there
     queued: bool = True  # its prompt is not computed
@@ -78,7 +80,7 @@ class Placer:
             known = {worker: int(units * share) for worker, units in found.items()}
             demand = replace(demand, cached=known)
         chosen = choose(demand, self.fleet, now, self.draw, self.policy, local=self.local)
-        placement = _placement(demand, chosen, chain)
+        placement = _placement(demand, chosen, chain, now)
         self._load(placement, now)
         return placement
 
@@ -111,6 +113,7 @@ class Placer:
         """A choice has so many tokens more after its first."""
         if placement.queued or placement.ended:
             return
+        placement.given += tokens
         gone = tokens if tokens < placement.left else placement.left
         decode = placement.chosen.decode
         placement.left -= gone
@@ -179,7 +182,7 @@ class Placer:
         decode.held += placement.held
 
 
-def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
+def _placement(demand: Demand, chosen: Chosen, chain: Chain, now: float) -> Placement:
     tokens, attended = demand.work(chosen.prefill)
     output = 0.0 if demand.prefill_only else demand.output_tokens
     size = demand.prompt_tokens * chosen.prefill.cost.kv_token_bytes
@@ -194,6 +197,7 @@ def _placement(demand: Demand, chosen: Chosen, chain: Chain) -> Placement:
         left=left,
         context=(demand.prompt_tokens + output / 2) * demand.choices,
         held=demand.prompt_tokens + output * demand.choices,
+        at=now,
     )
     placement.bytes = size if placement.split else 0.0
     return placement

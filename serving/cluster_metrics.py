@@ -104,6 +104,7 @@ class ClusterCollector:
             "motley_workers_lost", "Worker connections that ended.", self._members.lost
         )
         placing = self._gateway.placing
+        yield placing.beliefs.metric()
         yield _counts(
             "motley_routes_degraded",
             "Requests placed on a worker whose role it was not, or whole after a hand-over failed.",

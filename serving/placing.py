@@ -15,6 +15,7 @@ from scheduler.policies import POLICIES
 from scheduler.pricing import Demand
 from scheduler.request import Turn
 from scheduler.routing import MAX_WAIT_S
+from serving.beliefs import Beliefs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +65,7 @@ class Placing:
         self.degraded: Counter[str] = Counter()  # by reason
         self.decisions: Counter[str] = Counter()  # whole or split
         self.violations: Counter[str] = Counter()  # of limits, ttft or tpot
+        self.beliefs = Beliefs()
         self._shares: dict[str, FairShare] = {}
         self._members = members
         self._options = options
@@ -136,6 +138,7 @@ class Placing:
             standing.first = self._clock()
             self.violations["ttft"] += standing.first - standing.arrived > standing.ttft_s
         if placement.queued:
+            self.beliefs.first(placement, self._clock())
             fresh = not output.position and output.choice == job.choices[0]
             placer.first(placement, self._clock(), output.cached if fresh else None)
         else:
@@ -148,7 +151,9 @@ class Placing:
 
     def end(self, job: Job, placement: Placement) -> None:
         """The attempt is over."""
-        self._placer(job.model).end(placement, self._clock())
+        now = self._clock()
+        self.beliefs.end(placement, now)
+        self._placer(job.model).end(placement, now)
         self._members.ended(placement.prefill.name, placement.decode.name)
 
     def accepted(self, job: Job, standing: Standing, tokens: int) -> None:
