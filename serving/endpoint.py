@@ -130,7 +130,7 @@ class Endpoint:
                 _, upstream = await asyncio.get_running_loop().create_connection(
                     Upstream, host, port, ssl=self._tls
                 )
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:  # the last: no such name can be
             raise WorkerLost(f"no connection: {error!r}") from None
         self._connections.add(upstream)
         return upstream

@@ -227,7 +227,7 @@ class Relay:
                 await endpoint.look()
                 self._known.update(endpoint.models or ())
                 misses = 0
-            except (WorkerLost, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (WorkerLost, TimeoutError, msgspec.MsgspecError, ValueError) as error:
                 misses += 1
                 if misses == MISSES:
                     logger.warning("endpoint %s is lost: %r", endpoint.url, error)

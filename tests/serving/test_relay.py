@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import aiohttp
 import pytest
 
-from scheduler.errors import SetupError
+from scheduler.errors import SetupError, WorkerLost
 from serving.app import build_app, serve
 from serving.endpoint import Endpoint
 from serving.gateway import Gateway
@@ -309,6 +309,12 @@ async def test_models_health_and_unknown_models(relayed):
             assert response.status == 503
         status, _, body = await front.post(model="gpt")
         assert (status, json.loads(body)["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://a..b", "https://127.0.0.1:1"])
+async def test_what_cannot_be_reached_is_lost(url):
+    with pytest.raises(WorkerLost, match="no connection"):
+        await Endpoint(url).look()
 
 
 @pytest.mark.parametrize("url", ["gpu:8000", "ftp://gpu", "http://", "http://gpu:99999"])
