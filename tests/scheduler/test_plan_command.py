@@ -96,6 +96,15 @@ def test_a_plan_is_certified_unless_told_otherwise(service, capfd):
     assert plan["certificate"]["premium"] >= 0
 
 
+def test_a_plan_too_large_to_simulate_says_so(service, capfd):
+    path = Path(service)
+    path.write_text(SERVICE.replace("rate = 10", "rate = 1e6") + "head_room = false\n")
+    assert main(["plan", service, "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["certified"] is False
+    assert "are not simulated" in plan["certificate"]["reason"]
+
+
 def test_explain_is_part_of_the_answer(service, capfd):
     assert main(["plan", service, "--no-certify", "--explain", "--json"]) == 0
     why = json.loads(capfd.readouterr().out)["explanation"]
