@@ -113,7 +113,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     return [*resident, *cached, *(Arm(f"{n} streamed, disk", n, CAPS[n], batch=8) for n in CAPS)]
 
 
-CAPS = {1: 170_000_000, 2: 133_000_000}  # of SmolLM2's ranks: most of its weights pass through
+CAPS = {1: 174_000_000, 2: 136_000_000}  # of SmolLM2's ranks: most of its weights pass through
 
 
 def run(arm: Arm, model: str, shards: Path, options: argparse.Namespace) -> Result:
@@ -209,9 +209,16 @@ def capped(pid: int, name: str, cap: int) -> Iterator[None]:
         (group / "cgroup.procs").write_text(str(pid))
         yield
     finally:
-        for task in (group / "cgroup.procs").read_text().split():
-            (CGROUPS / "cgroup.procs").write_text(task)
-        group.rmdir()
+        until = time.monotonic() + 5
+        while group.exists():
+            try:
+                for task in (group / "cgroup.procs").read_text().split():
+                    (CGROUPS / "cgroup.procs").write_text(task)
+                group.rmdir()
+            except OSError:  # a process is ending just now
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
 
 
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def main() -> None:
             max_rows=max(setup["chunk"], setup["batch"]),
             means=Means(
                 setup["threads"],
-                ShardFolder(Path(setup["shards"]), setup["name"]),
+                # The arms keep each other's shards.
+                ShardFolder(Path(setup["shards"]), f"{setup['name']} of {setup['ranks']}"),
                 setup["cap"],
                 direct=setup["direct"],
             ),
