@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
 
 from scheduler.errors import SetupError
+from workers.group import shard_folder
 from workers.group.shard_folder import CLAIM, ShardFolder
 
 
@@ -120,6 +122,34 @@ def test_a_folder_that_takes_nothing_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="another folder with --shards"):
         ShardFolder(tmp_path / "file", "m").claim("1 of 2")
+
+
+def test_only_one_writes_a_shard_at_a_time(tmp_path):
+    """Two groups of one machine that cut the model alike want the same files."""
+    written, places = [], [ShardFolder(tmp_path, "m") for _ in range(4)]
+
+    def want(rank):
+        place = rank.claim("1 of 2")
+        with rank.writing(place):
+            if not (place / "weights.bin").exists():
+                written.append(rank)
+                (place / "draft").write_text("weights")
+                os.sched_yield()
+                (place / "draft").rename(place / "weights.bin")
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        list(pool.map(want, places))
+    assert len(written) == 1
+    for rank in places:
+        rank.close()
+
+
+def test_a_writer_that_never_ends_is_not_waited_for_for_ever(process, monkeypatch):
+    monkeypatch.setattr(shard_folder, "WRITE_S", 0.0)
+    one, other = process(), process()
+    busy = pytest.raises(SetupError, match="another process has been writing")
+    with one.writing(one.claim("1 of 2")), busy, other.writing(other.claim("1 of 2")):
+        pass
 
 
 def test_a_shard_that_was_claimed_is_never_deleted_however_they_meet(tmp_path):

@@ -164,14 +164,15 @@ def make_shard(wanted: Wanted, means: Means) -> tuple[Path, Manifest]:
     """This share's shard file, written now if it is not there."""
     source = f"{_identity(Path(wanted.path))} {wanted.quantize} {wanted.share}"
     folder = means.shards.claim(source)
-    if manifest := read_manifest(folder, source):
-        return folder, manifest
-    logger.info("writing a rank's weights to %s", folder)
-    checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
-    try:
-        return folder, write_shard(cut(checkpoint, wanted.share), folder, source)
-    finally:
-        checkpoint.close()
+    with means.shards.writing(folder):
+        if manifest := read_manifest(folder, source):
+            return folder, manifest
+        logger.info("writing a rank's weights to %s", folder)
+        checkpoint = open_checkpoint(Path(wanted.path), wanted.quantize)
+        try:
+            return folder, write_shard(cut(checkpoint, wanted.share), folder, source)
+        finally:
+            checkpoint.close()
 
 
 def _identity(path: Path) -> str:

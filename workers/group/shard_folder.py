@@ -13,18 +13,24 @@ import logging
 import os
 import shutil
 import threading
-from contextlib import ExitStack, suppress
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from typing import TYPE_CHECKING, TextIO
 
 from scheduler.errors import SetupError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+WRITE_S = 1800.0  # tens of GB
+LOOK_S = 0.1
 
 logger = logging.getLogger(__name__)
 
 CLAIM = "claim"  # holds the model's name
+WRITING = "writing"
 DELETED = ".deleted"  # suffix of a folder that is being deleted
 
 
@@ -57,6 +63,20 @@ class ShardFolder:
                     "with --shards"
                 ) from error
         return folder
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Nobody else writes there meanwhile: groups on one machine may want the same shard.
+
+        Raises SetupError if another one takes too long.
+        """
+        until = time.monotonic() + WRITE_S
+        with (folder / WRITING).open("a") as file:
+            while not _may_write(file):
+                if time.monotonic() > until:
+                    raise SetupError(f"another process has been writing {folder} for too long")
+                time.sleep(LOOK_S)
+            yield
 
     def stands(self) -> None:
         """A formation does: delete what no formation needs any more."""
@@ -95,6 +115,16 @@ class ShardFolder:
                 file.flush()
                 self._claims[folder] = file
                 stack.pop_all()
+
+
+def _may_write(file: TextIO) -> bool:
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        logger.debug("a file system without locks")
+    return True
 
 
 def _locked(file: TextIO, path: Path, kind: int) -> bool:

@@ -112,7 +112,9 @@ def _fetch(link: Link, share: Share, shards: ShardFolder) -> tuple[Path, Manifes
     manifest = word.manifest
     _check(manifest)
     folder = shards.claim(manifest.source)
-    if read_manifest(folder, manifest.source) is None:
+    with shards.writing(folder):
+        if read_manifest(folder, manifest.source):
+            return folder, manifest
         try:
             _receive(link, folder, manifest, _known(shards.path))
         except (ConnectionError, TimeoutError):
