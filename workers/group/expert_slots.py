@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.uint8]]
 
-SLOTS_BYTES = (
-    16 << 20
-)  # fewer rounds cost less, more slots take memory from weights that could stay
-
 
 class ExpertSlots:
     """Places in memory for matrices of experts, and their reader."""

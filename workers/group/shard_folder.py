@@ -74,7 +74,10 @@ class ShardFolder:
         with (folder / WRITING).open("a") as file:
             while not _may_write(file):
                 if time.monotonic() > until:
-                    raise SetupError(f"another process has been writing {folder} for too long")
+                    raise SetupError(
+                        f"another process has been writing {folder} for {WRITE_S / 60:.0f} min: "
+                        "end it, or give another folder with --shards"
+                    )
                 time.sleep(LOOK_S)
             yield
 
