@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from operator import mul
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,10 @@ CLIP = 3.0  # errors beyond so many usual ones count as so many
 USUAL = 0.1  # weight of the newest error in the usual one
 # Under a CPU quota, or beside other work, most steps run at full speed and some stand still for
 # many times as long. Neither kind says what the next request will see: their sum does, and as the
-# line adds up, steps that together took so long are one observation of it. The larger its errors
-# are, the more steps it is of: what varies by chance evens out. No more than that, or a prompt's
-# tokens and a sequence could not be told apart.
+# line adds up, steps that together took so long are one observation of it. The more its errors
+# scatter, the more steps it is of: what varies by chance evens out. (Errors that are all alike are
+# no chance, and are learned from soon.) No more than that, or a prompt's tokens and a sequence
+# could not be told apart.
 SEEN_S, LONGEST_S = 0.05, 0.5
 
 
@@ -140,6 +142,7 @@ class Learner:
         )
         self._spread = self._walk(UNSURE, UNSURE / 2)
         self._usual = NOISE
+        self._error, self._scatter = 0.0, NOISE  # the last one, and how unlike the next one is
 
     @property
     def model(self) -> CostModel:
@@ -155,7 +158,7 @@ class Learner:
             return
         self._seconds += seconds
         self._sum = [total + value for total, value in zip(self._sum, (1.0, *shape), strict=True)]
-        longer = max(1.0, self._usual / NOISE) ** 2  # the variance of a mean falls with its length
+        longer = max(1.0, self._scatter / NOISE) ** 2  # a mean's variance falls with its length
         if self._seconds >= min(SEEN_S * longer, LONGEST_S):
             self._learn(self._sum, self._seconds)
             self._sum, self._seconds = [0.0] * SIZE, 0.0
@@ -169,6 +172,9 @@ class Learner:
         row = [value / predicted for value in work]
         error = seconds / predicted - 1
         self._usual += USUAL * (min(abs(error), 1.0) - self._usual)
+        last, self._error = self._error, min(error, 1.0)
+        unlike = abs(self._error - last) / math.sqrt(2)  # of two of one spread
+        self._scatter += USUAL * (unlike - self._scatter)
         most = CLIP * max(self._usual, NOISE)
         spread = self._widened()
         towards = [_dot(line, row) for line in spread]

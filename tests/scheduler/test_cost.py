@@ -177,7 +177,7 @@ def taught(learner: Learner, truth: CostModel, rng: np.random.Generator, count: 
 
 def test_from_two_rates_the_whole_line_is_learned():
     rng = np.random.default_rng(4)
-    learner = taught(Learner(of_rates(Rates(900.0, 0.024))), TRUE, rng, 400)
+    learner = taught(Learner(of_rates(Rates(900.0, 0.024))), TRUE, rng, 600)
     assert wrong(learner.model, TRUE, rng) < 0.15
     assert learner.model.provenance == "fitted"
 

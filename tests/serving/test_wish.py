@@ -139,7 +139,7 @@ def standing(live):
 @pytest.mark.asyncio
 async def test_a_worker_reports_what_its_steps_cost(cluster, make_ask, until):
     """The fake worker's measurement said 1e-4 s; a step of it takes 2 ms."""
-    async with cluster("m", options=FakeOptions(tokens=60, step_ms=2)) as it:
+    async with cluster("m", options=FakeOptions(tokens=500, step_ms=2)) as it:
         worker = it.members.get("m").worker
         assert worker.cost.decode_step_s(1, 30) < 5e-4
         await it.text(make_ask())
