@@ -8,9 +8,9 @@ with less capacity, and so on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, stdev
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
@@ -44,6 +44,7 @@ ROUNDS = 20
 GAP = 0.01  # of a tightened plan
 COARSE_ERROR = 0.05  # of the fast simulation, which is asked first
 STEPS = (1.05, 1.3)  # by which capacity becomes less in a round: by what is lacking
+HALVINGS = 3  # of the last step: it may have been longer than needed
 
 
 class Certificate(msgspec.Struct, frozen=True):
@@ -68,6 +69,11 @@ class Tightened:
     prefill: float = 1.0
     decode: float = 1.0
 
+    def halfway(self, other: Tightened) -> Tightened:
+        """Factors are halved as factors."""
+        prefill, decode = self.prefill * other.prefill, self.decode * other.decode
+        return Tightened(prefill**0.5, decode**0.5)
+
     def of(self, role: Role) -> float:
         if role is Role.MIXED:
             return max(self.prefill, self.decode)
@@ -81,6 +87,9 @@ class Shares:
     both: float
     ttft: float
     tpot: float
+
+
+Runs: TypeAlias = dict[str, dict[str, list[Shares]]]  # by model and process
 
 
 class Simulate(Protocol):
@@ -115,7 +124,7 @@ class Certifier:
         if (count := sum(first.replicas.values())) > MOST_REPLICAS:
             reason = f"{count} replicas: more than {MOST_REPLICAS} are not simulated"
             return first, Certificate(False, {}, 0.0, 0, 0.0, reason)
-        tightened = {demand.name: Tightened() for demand in self.service.demands}
+        missed = tightened = {demand.name: Tightened() for demand in self.service.demands}
         plan, reason = first, ""
         for number in range(1, ROUNDS + 1):
             if plan.shed:
@@ -123,14 +132,33 @@ class Certifier:
                 break
             runs, failing = self._tried(plan)
             if not failing:
+                plan, runs = self._cheaper(plan, runs, missed, tightened)
                 return plan, self._told(plan, first, runs, number, start)
-            plan = self._tighter(plan, tightened, {name: runs[name] for name in failing})
+            missed = tightened
+            plan, tightened = self._tighter(plan, missed, {name: runs[name] for name in failing})
         else:
             reason = f"{', '.join(failing)} misses its SLO after {ROUNDS} rounds"
         told = self._told(first, first, self.simulate(first, range(1)), number, start)
         return first, msgspec.structs.replace(told, certified=False, reason=reason)
 
-    def _tried(self, plan: Plan) -> tuple[dict[str, dict[str, list[Shares]]], list[str]]:
+    def _cheaper(
+        self, plan: Plan, runs: Runs, missed: dict[str, Tightened], holds: dict[str, Tightened]
+    ) -> tuple[Plan, Runs]:
+        """The cheapest plan found that holds, of some between the last that missed and this one."""
+        for _ in range(HALVINGS if missed is not holds else 0):
+            middle = {name: each.halfway(holds[name]) for name, each in missed.items()}
+            between = make_plan(tighten(self.built.problem, middle), self._options, self._clock)
+            cheaper = between.cost < (1 - GAP) * plan.cost
+            tried, failing = self._tried(between) if cheaper else (runs, [])
+            if failing:
+                missed = middle
+                continue
+            holds = middle
+            if cheaper:
+                plan, runs = between, tried
+        return plan, runs
+
+    def _tried(self, plan: Plan) -> tuple[Runs, list[str]]:
         """Runs by model and process, and the models that they say no to, as soon as some do."""
         runs = self.simulate(plan, range(1), coarse=True)
         failing = [name for name, shares in runs.items() if self._far_off(name, shares)]
@@ -145,10 +173,8 @@ class Certifier:
         share = self._demand(model).slo.share - COARSE_ERROR
         return any(each.both < share for shares in runs.values() for each in shares)
 
-    def simulate(
-        self, plan: Plan, seeds: Sequence[int], *, coarse: bool = False
-    ) -> dict[str, dict[str, list[Shares]]]:
-        """By model and process, a run for each seed."""
+    def simulate(self, plan: Plan, seeds: Sequence[int], *, coarse: bool = False) -> Runs:
+        """A run for each seed."""
         run = simulate_coarse if coarse else simulate
         workers = plan_workers(self.service, self.built, plan)
         return {
@@ -197,10 +223,11 @@ class Certifier:
         self,
         plan: Plan,
         tightened: dict[str, Tightened],
-        missed: dict[str, dict[str, list[Shares]]],
-    ) -> Plan:
+        missed: Runs,
+    ) -> tuple[Plan, dict[str, Tightened]]:
         """With less capacity for the phases that missed, until the plan is another one."""
         replicas = plan.replicas
+        tightened = {name: replace(each) for name, each in tightened.items()}
         for again in range(ROUNDS):
             for model, runs in missed.items():
                 worst = min((s for shares in runs.values() for s in shares), key=lambda s: s.both)
@@ -215,13 +242,13 @@ class Certifier:
             plan = make_plan(problem, self._options, self._clock)
             if plan.replicas != replicas:
                 break
-        return plan
+        return plan, tightened
 
     def _told(
         self,
         plan: Plan,
         first: Plan,
-        runs: dict[str, dict[str, list[Shares]]],
+        runs: Runs,
         rounds: int,
         start: float,
     ) -> Certificate:
