@@ -339,7 +339,7 @@ class Engine:
     def _hold(self, sequences: list[Sequence], outputs: list[Output], result: StepResult) -> None:
         parent = sequences[0]
         job = parent.job
-        assert parent.position == len(job.emitted) + 1, "a held prompt gives one token a choice"
+        assert parent.position <= len(job.emitted) + 1, "a held prompt gives one token a choice"
         firsts = tuple(
             FirstToken(o.choice, o.ids[0], self._choices[s].sent)
             for s, o in zip(sequences, outputs, strict=True)

@@ -249,9 +249,11 @@ class Side:
         raise AssertionError(reason)
 
     def clean(self) -> bool:
-        self.engine.check_integrity()
         pool = self.engine.batcher.pool
-        return pool.free == pool.size
+        if pool.free < pool.size:  # and perhaps in the middle of a step
+            return False
+        self.engine.check_integrity()
+        return True
 
 
 @dataclass
