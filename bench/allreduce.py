@@ -2,6 +2,7 @@
 
     python bench/allreduce.py                                  4 processes on loopback, 16 KB
     python bench/allreduce.py --link 300Mbit,1ms --grid        emulated links, beside the formulas
+    python bench/allreduce.py --grid --loss 0.001              and one chunk of 8 KB in 1000 is lost
     python bench/allreduce.py --tiny                           seconds: does everything still run?
 
 "raw star" is the shortest program that does the same: blocking sockets, rank 0 adds and sends back.
@@ -171,12 +172,16 @@ def choice(mesh: Mesh, sizes: Sequence[int]) -> Ways:
 
 
 def measure(
-    ranks: int, plan: list[tuple[str, int, int]], link: Link | None, sizes: Sequence[int] = ()
+    ranks: int,
+    plan: list[tuple[str, int, int]],
+    link: Link | None,
+    sizes: Sequence[int] = (),
+    loss: float = 0.0,
 ) -> tuple[list[str], list[list[float]]]:
     """Of processes of their own, over loopback or over emulated links: see `rank_main`."""
     servers = [listener("127.0.0.1", 0) for _ in range(ranks)]
     ports = [server.getsockname()[1] for server in servers]
-    emulator = LinkEmulator(ports, link.delay_s, link.bytes_per_s) if link else None
+    emulator = LinkEmulator(ports, link.delay_s, link.bytes_per_s, loss=loss) if link else None
     near, far = multiprocessing.Pipe()
     processes = []
     for rank, server in enumerate(servers):
@@ -225,7 +230,7 @@ def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     plan = [(way, size, options.count) for _ in range(options.rounds) for size, way in cells]
     links = [link for link in LINKS if options.link in (None, link.name)]
     for link in links:
-        ways, times = measure(options.ranks, plan, link, SIZES)
+        ways, times = measure(options.ranks, plan, link, SIZES, options.loss)
         medians = {
             cell: median(seconds for row in times[number :: len(cells)] for seconds in row)
             for number, cell in enumerate(cells)
@@ -275,6 +280,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="sizes and links")
     parser.add_argument("--link", choices=[link.name for link in LINKS], help="only this one")
+    parser.add_argument("--loss", type=float, default=0.0, help="of --grid: share of lost chunks")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

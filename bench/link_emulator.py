@@ -1,8 +1,15 @@
-"""Slow links between processes of one machine: delay, rate and partition, by a proxy over TCP.
+"""Slow links between processes of one machine: delay, rate, loss and partition, by a TCP proxy.
 
 Each rank has a link of its own to the network, which all its connections share: what it sends waits
 for its uplink, crosses in `delay_s`, and waits for the receiver's downlink. Threads sleep, since an
 event loop's timers are no finer than a millisecond.
+
+TCP hides a loss as a pause: a share of the chunks comes a retransmission later, and what follows on
+its connection waits behind it. Where more bytes are already waiting to be sent, their
+acknowledgments tell the sender within one round trip (fast retransmit, RFC 5681); the last chunk of
+a burst waits for the timeout (RFC 6298), with Linux's least of 200 ms above the round trip. Simpler
+than the truth: a chunk is lost whole and once, the rate stays (no congestion window shrinks), and
+what is sent again takes none of the uplink.
 """
 
 from __future__ import annotations
@@ -12,8 +19,10 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from random import Random
 
 CHUNK = 8192  # bytes that hold a link at a time
+TIMEOUT_S = 0.2  # above the round trip, until what was lost at the end of a burst is sent again
 
 
 class Wire:
@@ -31,6 +40,31 @@ class Wire:
             return self._free
 
 
+class Losses:
+    """Which chunks of one direction of a connection are lost."""
+
+    def __init__(self, share: float, delay_s: float, seed: str) -> None:
+        self._share = share
+        self._round_trip = 2 * delay_s
+        self._random = Random(seed)
+
+    def next(self) -> bool:
+        """Whether the next chunk is lost."""
+        return self._random.random() < self._share
+
+    def pause_s(self, *, more: bool) -> float:
+        """How much later a lost chunk comes, if `more` follows it or not."""
+        return self._round_trip + (0.0 if more else TIMEOUT_S)
+
+
+def has_more(source: socket.socket) -> bool:
+    """Whether bytes wait to be read."""
+    try:
+        return bool(source.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return False
+
+
 def sleep_until(when: float) -> None:
     if (wait := when - time.perf_counter()) > 0:
         time.sleep(wait)
@@ -39,8 +73,18 @@ def sleep_until(when: float) -> None:
 class LinkEmulator:
     """Proxies between ranks: `port(dialler, listener)` stands for the listener's own port."""
 
-    def __init__(self, ports: list[int], delay_s: float, bytes_per_s: float) -> None:
+    def __init__(
+        self,
+        ports: list[int],
+        delay_s: float,
+        bytes_per_s: float,
+        *,
+        loss: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """`loss` is the share of the chunks that are lost once; `seed` says which."""
         self._delay = delay_s
+        self._loss, self._seed = loss, seed
         self._up = [Wire(bytes_per_s) for _ in ports]
         self._down = [Wire(bytes_per_s) for _ in ports]
         self._sockets: list[socket.socket] = []
@@ -69,6 +113,7 @@ class LinkEmulator:
                 while True:
                     near, _ = server.accept()
                     far = socket.create_connection(("127.0.0.1", port))
+                    self._sockets += (near, far)  # before anything passes: see `cut`
                     self._pipe(near, far, dialler, listener)
                     self._pipe(far, near, listener, dialler)
 
@@ -76,16 +121,18 @@ class LinkEmulator:
 
     def _pipe(self, source: socket.socket, target: socket.socket, sender: int, to: int) -> None:
         """Carry bytes one way: one thread takes them in, one gives them out when they are due."""
-        self._sockets.append(source)
         target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         due: deque[tuple[float, bytes]] = deque()
         news = threading.Condition()
+        losses = Losses(self._loss, self._delay, f"{self._seed} {sender} {to}")
 
         def take() -> None:
             with suppress(OSError):
                 while data := source.recv(CHUNK):
                     sent = self._up[sender].carry(len(data), time.perf_counter())
                     first = sent - len(data) / self._up[sender]._rate + self._delay
+                    if losses.next():
+                        first += losses.pause_s(more=has_more(source))
                     with news:
                         due.append((first, data))
                         news.notify()
