@@ -1,13 +1,14 @@
 """Sums over ranks: each way of ours beside the least that sockets take, and beside pickled arrays.
 
-    python bench/allreduce.py                                  4 processes on loopback, 16 KB
+    python bench/allreduce.py                                  4 processes of one host
     python bench/allreduce.py --link 300Mbit,1ms --grid        emulated links, beside the formulas
     python bench/allreduce.py --grid --loss 0.001              and one chunk of 8 KB in 1000 is lost
     python bench/allreduce.py --tiny                           seconds: does everything still run?
 
 "raw star" is the shortest program that does the same: blocking sockets, rank 0 adds and sends back.
-"pickle star" is what it costs to send the arrays as pickles. With --grid, every way is measured for
-several sizes and links; "chosen" is what a group's own trial took, before that.
+"pickle star" is what it costs to send the arrays as pickles; "sockets_p50_us" is the same way where
+ranks share no memory, as on several hosts. With --grid, every way is measured for several sizes and
+links; "chosen" is what a group's own trial took, before that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from workers.group.words import ORDER, Peer, Try, Use
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from workers.group.passage import Passage
     from workers.group.words import Word
 
     Ways = tuple[tuple[int, str], ...]
@@ -61,6 +63,8 @@ LINKS = (
     Link("300Mbit,1ms", 1e-3, 37.5e6),
     Link("100Mbit,5ms", 5e-3, 12.5e6),
 )
+ALONE = ", sockets"  # after the name of a way: without shared memory
+LOCAL_SIZES = (16_384, 262_144, 1_048_576)
 SIZES = (4096, 16_384, 65_536, 262_144, 1_048_576)
 
 
@@ -127,13 +131,17 @@ def rank_main(
     peers: list[Peer],
     plan: list[tuple[str, int, int]],
     sizes: Sequence[int],
+    far: bool,
     out: Any,
 ) -> None:
     """Sums of each (way, bytes, count); rank 0 tells the seconds of each.
 
-    Before that, and told first, the way that a group would choose for each of `sizes`.
+    Before that, and told first, the way that a group would choose for each of `sizes`. If the ranks
+    stand for distant ones (`far`), their links pass through no memory.
     """
     mesh = connect(server, SECRET, 1, rank, peers)
+    passages = {} if far else {other: link.passage for other, link in mesh.links.items()}
+    through(mesh, passages)
     ways = choice(mesh, sizes) if sizes else ()
     if rank == 0:
         out.send([next(way for bound, way in ways if size <= bound) for size in sizes])
@@ -141,9 +149,10 @@ def rank_main(
     for way, size, count in plan:
         part = np.ones(size // 4, np.float32)
         row = []
+        through(mesh, {} if way.endswith(ALONE) else passages)
         for _ in range(count + 2):
             begun = time.perf_counter()
-            WAYS[way](mesh, part)
+            WAYS[way.removesuffix(ALONE)](mesh, part)
             row.append(time.perf_counter() - begun)
             part[:] = 1
         times.append(row[2:])
@@ -152,6 +161,12 @@ def rank_main(
     if rank == 0:
         out.send(times)
     mesh.close()
+
+
+def through(mesh: Mesh, passages: dict[int, Passage | None]) -> None:
+    """The links pass through these from here on; the other ranks do the same."""
+    for other, link in mesh.links.items():
+        link.passage = passages.get(other)
 
 
 def choice(mesh: Mesh, sizes: Sequence[int]) -> Ways:
@@ -188,7 +203,7 @@ def measure(
         seen = [emulator.port(rank, o) if emulator and o < rank else ports[o] for o in range(ranks)]
         peers = [Peer(str(other), "127.0.0.1", port) for other, port in enumerate(seen)]
         process = multiprocessing.Process(
-            target=rank_main, args=(rank, server, peers, plan, sizes, far)
+            target=rank_main, args=(rank, server, peers, plan, sizes, link is not None, far)
         )
         process.start()
         processes.append(process)
@@ -209,15 +224,25 @@ def measure(
 
 def loopback(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Ways in turn, round after round, so that a busy moment hits all alike."""
-    names = list(WAYS)
-    plan = [(way, options.size, options.count) for _ in range(options.rounds) for way in names]
+    names = [*WAYS, *(way + ALONE for way in ALGORITHMS)]
+    cells = [(way, size) for size in options.size for way in names]
+    plan = [(*cell, options.count) for _ in range(options.rounds) for cell in cells]
     _, times = measure(options.ranks, plan, None)
-    rows = []
-    for number, way in enumerate(names):
-        own = [seconds for row in times[number :: len(names)] for seconds in row]
-        cuts = quantiles(own, n=10)
-        rows.append({"way": way, "p50_us": 1e6 * median(own), "p90_us": 1e6 * cuts[8]})
-    return rows
+    own = {
+        cell: [seconds for row in times[number :: len(cells)] for seconds in row]
+        for number, cell in enumerate(cells)
+    }
+    return [
+        {
+            "size": size,
+            "way": way,
+            "p50_us": 1e6 * median(own[way, size]),
+            "p90_us": 1e6 * quantiles(own[way, size], n=10)[8],
+            "sockets_p50_us": 1e6 * median(own.get((way + ALONE, size), own[way, size])),
+        }
+        for size in options.size
+        for way in WAYS
+    ]
 
 
 def grid(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -275,7 +300,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--size", type=int, default=16_384, help="bytes (default 16384)")
+    parser.add_argument("--size", type=int, nargs="+", default=LOCAL_SIZES, help="bytes of a sum")
     parser.add_argument("--count", type=int, default=50, help="sums of each way in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="sizes and links")

@@ -1,21 +1,16 @@
 """KV between two workers of one host: memory that the receiver makes and the sender writes.
 
-The receiver keeps SLOTS slots for each connection in a file that has no name (memfd). It says which
-of its descriptors that is; a process of the same user, in the same process namespace, opens it by
-way of /proc and knows it by a nonce that only the two have. Nothing is left behind when both are
-gone, however they ended.
+The receiver keeps SLOTS slots for each connection in memory of workers.host_memory.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.messages import KvMemory
+from workers.host_memory import attach, make
 from workers.kv_wire import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -27,22 +22,12 @@ SLOTS = 4  # one is written while the others are read
 PIECE_BYTES = 64 << 10
 
 
-@cache
-def host() -> str:
-    """What two processes have alike if they can share memory; empty where that is not possible."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.geteuid()}"
-    except OSError:
-        return ""  # not Linux
-
-
 class SharedMemory:
     """Slots of CHUNK_BYTES, after a page with the nonce."""
 
-    def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
+    def __init__(self, memory: mmap.mmap, slots: int, slot_bytes: int) -> None:
         self.slots, self.slot_bytes = slots, slot_bytes
-        self._map = mmap.mmap(descriptor, mmap.PAGESIZE + slots * slot_bytes)
+        self._map = memory
 
     def write(self, slot: int, views: Sequence[memoryview], see: See) -> None:
         """Put byte views into a slot, one after another. `see` sees what is written."""
@@ -77,15 +62,9 @@ class OwnMemory(SharedMemory):
 
     def __init__(self) -> None:
         """Raises OSError if this system has no such files, or no memory."""
-        self._descriptor = os.memfd_create("motley-kv")
-        try:
-            os.ftruncate(self._descriptor, mmap.PAGESIZE + SLOTS * CHUNK_BYTES)
-            super().__init__(self._descriptor, SLOTS, CHUNK_BYTES)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
-        nonce = secrets.token_bytes(16)
-        self._map[: len(nonce)] = nonce
+        size = mmap.PAGESIZE + SLOTS * CHUNK_BYTES
+        self._descriptor, memory, nonce = make("motley-kv", size)
+        super().__init__(memory, SLOTS, CHUNK_BYTES)
         self.place = KvMemory(os.getpid(), self._descriptor, SLOTS, CHUNK_BYTES, nonce)
 
     def close(self) -> None:
@@ -98,18 +77,11 @@ class PeerMemory(SharedMemory):
 
     def __init__(self, place: KvMemory) -> None:
         """Raises OSError if it is not to be had, or is another's."""
-        descriptor = os.open(f"/proc/{place.process}/fd/{place.descriptor}", os.O_RDWR)
-        try:
-            if os.fstat(descriptor).st_size < mmap.PAGESIZE + place.slots * place.slot_bytes:
-                raise OSError("the peer's memory is smaller than it said")
-            super().__init__(descriptor, place.slots, place.slot_bytes)
-        finally:
-            os.close(descriptor)
+        size = mmap.PAGESIZE + place.slots * place.slot_bytes
+        memory = attach(place.process, place.descriptor, place.nonce, size)
+        super().__init__(memory, place.slots, place.slot_bytes)
         self.place = place
         self._free = list(range(place.slots))
-        if self._map[: len(place.nonce)] != place.nonce:
-            self.close()
-            raise OSError("that descriptor is another's memory")
 
     def take(self) -> int | None:
         """A slot that the receiver has read, or None."""

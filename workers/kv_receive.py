@@ -21,8 +21,9 @@ from scheduler.messages import (
     Reserved,
     Taken,
 )
+from workers.host_memory import host
 from workers.kv_arrival import Arrival
-from workers.kv_memory import OwnMemory, host
+from workers.kv_memory import OwnMemory
 from workers.kv_pack import known
 from workers.kv_wire import common, intact
 

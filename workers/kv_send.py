@@ -35,9 +35,9 @@ from scheduler.messages import (
     Reserved,
 )
 from scheduler.transport import dial
+from workers.host_memory import host
 from workers.kv_cache import KvPiece
 from workers.kv_link import Link
-from workers.kv_memory import host
 from workers.kv_pack import LEAST_TOKENS, RAW, choose, pack
 from workers.kv_wire import CHECKSUMS, Limits, chunks, parts_of, seal
 

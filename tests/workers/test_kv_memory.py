@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from workers.kv_memory import SLOTS, OwnMemory, PeerMemory, host
+from workers.host_memory import host
+from workers.kv_memory import SLOTS, OwnMemory, PeerMemory
 
 pytestmark = pytest.mark.skipif(not host(), reason="only Linux has files without a name")
 

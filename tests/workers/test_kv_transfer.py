@@ -32,8 +32,8 @@ from scheduler.transport import listen
 from workers import kv_send
 from workers.engine import Engine
 from workers.fake import SHAPE, FakeOptions, FakeRunner, FakeText
+from workers.host_memory import host
 from workers.kv_cache import KvCache
-from workers.kv_memory import host
 from workers.kv_wire import Limits, seal
 
 pytestmark = pytest.mark.asyncio

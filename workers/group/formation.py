@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from scheduler.errors import ProtocolError
 from workers.group.allreduce import Mesh
-from workers.group.links import accept, dial
-from workers.group.words import INTRODUCE, Introduce
+from workers.group.links import HANDSHAKE_S, accept, dial
+from workers.group.passage import Offer, attach
+from workers.group.words import INTRODUCE, MET, Introduce, Met
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from workers.group.links import Link
     from workers.group.words import Peer
 
 CONNECT_S = 20.0  # for all links of a formation to stand
@@ -33,9 +35,10 @@ def connect(
     to_call = [(number, False) for number in range(rank)] + [(0, True)] * bool(rank)
     try:
         for number, kv in to_call:
-            link = dial(peers[number].host, peers[number].port, secret, 0 if kv else STEP_S)
+            link = dial(peers[number].host, peers[number].port, secret, HANDSHAKE_S)
             mesh.add(number, link, kv=kv)
-            link.say(Introduce(epoch, rank, kv))
+            _introduce(link, epoch, rank, kv=kv)
+            link.set_limit(0 if kv else STEP_S)
         while not mesh.complete:
             link = accept(server, secret, STEP_S, max(0.001, until - time.monotonic()))
             try:
@@ -49,7 +52,18 @@ def connect(
             if word.kv:
                 link.set_limit(KV_S)
             mesh.add(word.rank, link, kv=word.kv)
+            if word.memory:
+                link.passage = attach(word.memory)
+                link.say(Met(link.passage is not None))
     except BaseException:
         mesh.close()
         raise
     return mesh
+
+
+def _introduce(link: Link, epoch: int, rank: int, *, kv: bool) -> None:
+    """Say who we are; a link for steps gets its passage, where both ranks are on one host."""
+    with Offer.of_this_host(wanted=not kv) as offer:
+        link.say(Introduce(epoch, rank, kv, offer.memory))
+        if offer.memory and link.hear(MET).shared:
+            link.passage = offer.passage

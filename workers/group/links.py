@@ -2,7 +2,8 @@
 
 An event loop costs more than the messages of one allreduce: raw sockets are several times faster.
 Both sides prove that they know the cluster secret, as in scheduler.transport, before anything else
-is read; frames are bounded; nothing is ever unpickled.
+is read; frames are bounded; nothing is ever unpickled. Between two ranks of one host long messages
+pass through memory, see workers.group.passage: the socket says where they lie.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from scheduler.errors import ProtocolError, SetupError
+from workers.group.passage import HEADER, LEAST
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from msgspec.msgpack import Decoder
+
+    from workers.group.passage import Passage
 
 _FRAME = struct.Struct("!4sI")
 _MAGIC = b"MTG\x01"
@@ -43,7 +47,8 @@ class Link:
     """One connection to another rank, used by one thread at a time.
 
     Every method raises ConnectionError when the link is broken, TimeoutError when `limit_s` passes
-    without progress, ProtocolError when the other side says what it must not.
+    without progress, ProtocolError when the other side says what it must not. What is sent as one
+    message is received as one.
     """
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
@@ -56,6 +61,7 @@ class Link:
             if hasattr(socket, option):  # they differ between systems
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.sock = sock
+        self.passage: Passage | None = None  # if both sides have it
         self.set_limit(limit_s)
 
     def set_limit(self, limit_s: float) -> None:
@@ -70,13 +76,22 @@ class Link:
         host, port = self.sock.getpeername()[:2]
         return host, port
 
+    def passage_for(self, view: memoryview) -> Passage | None:
+        """What a message passes through beside the socket; both sides say the same."""
+        return self.passage if len(view) >= LEAST else None
+
     def send(self, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            try:
-                view = view[self.sock.send(view) :]
-            except BlockingIOError:
-                raise TimeoutError("a rank takes no data") from None
+        self._push(self.post(memoryview(data).cast("B")))
+
+    def post(self, view: memoryview) -> memoryview:
+        """Begin a message: as much as goes at once; what is left is for the socket."""
+        passage = self.passage_for(view)
+        if passage is None:
+            return self.send_at_once(view)
+        header, rest = passage.put(view)
+        if unsent := self.send_at_once(header):
+            return memoryview(bytes(unsent) + bytes(rest))  # a socket that was full before
+        return self.send_at_once(rest) if rest else rest
 
     def send_at_once(self, view: memoryview) -> memoryview:
         """Give as much as fits into the socket's buffer; gives what is left."""
@@ -85,8 +100,22 @@ class Link:
         except BlockingIOError:
             return view
 
+    def _push(self, view: memoryview) -> None:
+        while view:
+            try:
+                view = view[self.sock.send(view) :]
+            except BlockingIOError:
+                raise TimeoutError("a rank takes no data") from None
+
     def receive_into(self, view: memoryview) -> None:
         """Fill the view."""
+        if passage := self.passage_for(view):
+            header = bytearray(HEADER.size)
+            self._fill(memoryview(header))
+            view = passage.take(header, view)
+        self._fill(view)
+
+    def _fill(self, view: memoryview) -> None:
         while view:
             try:
                 count = self.sock.recv_into(view, 0, socket.MSG_WAITALL)
@@ -99,17 +128,17 @@ class Link:
     def say(self, word: msgspec.Struct) -> None:
         """Send one framed message."""
         body = msgspec.msgpack.encode(word)
-        self.send(_FRAME.pack(_MAGIC, len(body)) + body)
+        self._push(memoryview(_FRAME.pack(_MAGIC, len(body)) + body))
 
     def hear(self, decoder: Decoder[Word], limit: int = MAX_WORD) -> Word:
         """The next message, which must be one that the decoder knows."""
         prefix = bytearray(_FRAME.size)
-        self.receive_into(memoryview(prefix))
+        self._fill(memoryview(prefix))
         magic, length = _FRAME.unpack(prefix)
         if magic != _MAGIC or length > limit:
             raise ProtocolError("a rank does not speak our protocol, or speaks too much")
         body = bytearray(length)
-        self.receive_into(memoryview(body))
+        self._fill(memoryview(body))
         try:
             return decoder.decode(body)
         except msgspec.MsgspecError as error:
@@ -120,6 +149,7 @@ class Link:
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
+        self.passage = None  # its memory is free as soon as no copy is under way
 
 
 def exchange(
@@ -127,16 +157,16 @@ def exchange(
 ) -> None:
     """Send and receive at the same time; each view is of bytes. Never waits in a circle.
 
-    What fits into the sockets' buffers is sent at once and then received in order, with no other
-    system call; only longer messages go piece by piece as the sockets allow.
+    What fits into shared memory and the sockets' buffers is sent at once and then received in
+    order, with no other system call; only the rest goes piece by piece as the sockets allow.
     """
-    unsent = [(link, rest) for link, view in outgoing if (rest := link.send_at_once(view))]
+    unsent = [(link, rest) for link, view in outgoing if (rest := link.post(view))]
     if not unsent:
         for link, view in incoming:
             link.receive_into(view)
         return
     sending = {link.sock.fileno(): (link, view) for link, view in unsent}
-    receiving = {link.sock.fileno(): (link, view) for link, view in incoming}
+    receiving = {link.sock.fileno(): _Arrival(link, view) for link, view in incoming}
     limit = max(link.limit_s for link, _ in (*outgoing, *incoming))
     poll = select.poll()
     for number in {*sending, *receiving}:
@@ -150,17 +180,34 @@ def exchange(
                 link, view = sending.pop(number)
                 if rest := link.send_at_once(view):
                     sending[number] = (link, rest)
-            if number in receiving and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                link, view = receiving.pop(number)
-                count = link.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
-                if not count:
-                    raise ConnectionResetError("a rank closed its link")
-                if count < len(view):
-                    receiving[number] = (link, view[count:])
+            readable = events & (select.POLLIN | select.POLLHUP | select.POLLERR)
+            if number in receiving and readable and receiving[number].take():
+                del receiving[number]
             poll.modify(number, _events(number, sending, receiving))
 
 
-def _events(number: int, *directions: dict[int, tuple[Link, memoryview]]) -> int:
+class _Arrival:
+    """A message that comes piece by piece."""
+
+    def __init__(self, link: Link, view: memoryview) -> None:
+        self._sock, self._whole = link.sock, view
+        self._passage = link.passage_for(view)
+        self._header = bytearray(HEADER.size if self._passage else 0)
+        self._rest = memoryview(self._header) if self._passage else view
+
+    def take(self) -> bool:
+        """Take what is there; says whether that is all."""
+        count = self._sock.recv_into(self._rest, 0, socket.MSG_DONTWAIT)
+        if not count:
+            raise ConnectionResetError("a rank closed its link")
+        self._rest = self._rest[count:]
+        if self._passage and not self._rest:
+            self._rest = self._passage.take(self._header, self._whole)
+            self._passage = None
+        return not self._rest
+
+
+def _events(number: int, *directions: Container[int]) -> int:
     flags = (select.POLLOUT, select.POLLIN)
     return sum(flag for flag, waiting in zip(flags, directions, strict=True) if number in waiting)
 

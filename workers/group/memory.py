@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from scheduler.models import ModelShape
 
-SPARE = 24 << 20  # the interpreter's growth, sockets' buffers, a step's lists
+SPARE = 24 << 20  # the interpreter's growth, links' buffers (passage.AREA), a step's lists
 AHEAD = 3  # of the largest streamed weights, the ring that they pass through holds so many
 SLOTS_BYTES = 16 << 20  # for experts that are read when they are chosen: more would save rounds
 DRAWN_ROWS = 64  # rows of logits that are ever wanted at once

@@ -110,12 +110,28 @@ class Refuse(Word, frozen=True):
 # ── data links ──────────────────────────────────────────────────────────────────────────────────
 
 
+class Memory(msgspec.Struct, frozen=True):
+    """Where a rank's memory is for another of its host (workers/host_memory)."""
+
+    host: str
+    process: int
+    descriptor: int
+    nonce: bytes
+
+
 class Introduce(Word, frozen=True):
     """Said first by whoever dials."""
 
     epoch: int
     rank: int
     kv: bool = False  # the link is for the KV cache (kv_exchange), else for steps
+    memory: Memory | None = None  # for long messages; Met comes back
+
+
+class Met(Word, frozen=True):
+    """Whether both have the memory that was offered."""
+
+    shared: bool
 
 
 class RowSpan(msgspec.Struct, frozen=True, array_like=True):
@@ -201,6 +217,7 @@ PROBE = Decoder(Probe)
 FROM_RANK: Decoder[FromRank] = Decoder(FromRank)
 TO_RANK: Decoder[ToRank] = Decoder(ToRank)
 INTRODUCE = Decoder(Introduce)
+MET = Decoder(Met)
 ORDER: Decoder[Order] = Decoder(Order)
 KV_ORDER: Decoder[KvOrder] = Decoder(KvOrder)
 KV_KEPT = Decoder(KvKept)
