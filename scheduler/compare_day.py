@@ -75,13 +75,10 @@ def compare(
 
     def day(of: Curve) -> Day:
         requests = {
-            demand.name: draw(
-                demand.workload.sizes,
-                of.scaled(of.mean * parts[demand.name]),
-                burstiness,
-                generator,
+            each.name: draw(
+                each.workload.sizes, of.scaled(of.mean * parts[each.name]), burstiness, generator
             )
-            for demand in service.demands
+            for each in service.demands
         }
         return Day(service, built, requests, of.times[-1])
 
@@ -102,22 +99,16 @@ def compare(
         THRESHOLD: today.run(threshold, most),
         STATIC: today.run(Static(peak, window), most),
     }
+    decided, ahead = ours.decisions, service.autoscale.ahead
     return Comparison(
         rate=rate,
         share=min(demand.slo.share for demand in service.demands),
         days=days,
         changes=[
-            _change((at + 1) * window, decision)
-            for at, decision in enumerate(ours.decisions)
-            if decision.stages
+            _change((at + 1) * window, each) for at, each in enumerate(decided) if each.stages
         ],
         forecasts={
-            name: _told(
-                name,
-                [_rates(seen)[name] for seen in windows],
-                ours.decisions,
-                service.autoscale.ahead,
-            )
+            name: _told(name, [_rates(seen)[name] for seen in windows], decided, ahead)
             for name in parts
         },
         seconds=clock() - begun,

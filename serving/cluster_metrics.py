@@ -10,7 +10,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from scheduler.cost import CostModel
     from serving.gateway import Gateway
     from serving.members import Member, Members
 
@@ -40,16 +39,24 @@ _LOAD = (
     ("drafts_accepted", CounterMetricFamily, "Guessed tokens that were right."),
     ("kv_bytes_received", CounterMetricFamily, "KV cache taken from other workers, in bytes."),
 )
+_GAUGES: tuple[tuple[str, Callable[[Member], float], str], ...] = (
+    ("kv_blocks", lambda member: member.join.kv_blocks, "Blocks of KV cache in all."),
+    (
+        "protocol",
+        lambda member: member.connection.version,
+        "Version of the protocol spoken with it; older while an upgrade is under way.",
+    ),
+)
 # What routing believes of a worker's speed.
-_RATES: tuple[tuple[str, Callable[[CostModel], float], str], ...] = (
+_RATES: tuple[tuple[str, Callable[[Member], float], str], ...] = (
     (
         "prefill_tokens_per_second",
-        lambda cost: RATE_PROMPT / cost.prefill_s(RATE_PROMPT),
+        lambda member: RATE_PROMPT / member.worker.cost.prefill_s(RATE_PROMPT),
         f"Of a prompt of {RATE_PROMPT} tokens alone, as learned from its steps.",
     ),
     (
         "decode_step_seconds",
-        lambda cost: cost.decode_step_s(1, RATE_PROMPT),
+        lambda member: member.worker.cost.decode_step_s(1, RATE_PROMPT),
         f"Of one sequence with {RATE_PROMPT} tokens alone, as learned from its steps.",
     ),
 )
@@ -65,31 +72,19 @@ class ClusterCollector:
     def collect(self) -> Iterator[Metric]:
         members = self._members.of()
         labels = {m: (m.join.name, m.join.model, m.join.role) for m in members}
-        blocks = GaugeMetricFamily(
-            "motley_worker_kv_blocks", "Blocks of KV cache in all.", labels=_LABELS
-        )
+        for name, value, meaning in (*_GAUGES, *_RATES):
+            gauges = GaugeMetricFamily(f"motley_worker_{name}", meaning, labels=_LABELS)
+            for member in members:
+                gauges.add_metric(labels[member], value(member))
+            yield gauges
         circuits = GaugeMetricFamily(
             "motley_worker_circuit_open",
             "1 while a worker that kept failing is left alone, or on trial.",
             labels=_LABELS,
         )
-        versions = GaugeMetricFamily(
-            "motley_worker_protocol",
-            "Version of the protocol spoken with it; older while an upgrade is under way.",
-            labels=_LABELS,
-        )
         for member in members:
-            versions.add_metric(labels[member], member.connection.version)
-            blocks.add_metric(labels[member], member.join.kv_blocks)
             circuits.add_metric(labels[member], self._members.spared(member))
-        yield blocks
         yield circuits
-        yield versions
-        for name, rate, meaning in _RATES:
-            rates = GaugeMetricFamily(f"motley_worker_{name}", meaning, labels=_LABELS)
-            for member in members:
-                rates.add_metric(labels[member], rate(member.worker.cost))
-            yield rates
         for field, kind, meaning in _LOAD:
             family = kind(f"motley_worker_{field}", meaning, labels=_LABELS)
             for member in members:
