@@ -8,10 +8,10 @@ slows down or a context that grows.
 
 from __future__ import annotations
 
-MARGIN = 0.75  # of the bound: the model is a line, steps vary, and other processes compute too
+MARGIN = 0.7  # of the bound: the model is a line, steps vary, and other processes compute too
 # Weights of the newest step in the averages. A prompt's tokens get dearer as its context grows, and
-# an average that lags behind them breaks the bound: slower is believed sooner than faster.
-SLOWER, FASTER = 0.7, 0.3
+# an average that lags behind them breaks the bound: slower is believed at once, faster by and by.
+SLOWER, FASTER = 1.0, 0.3
 FIRST_CHUNK = 32  # prompt tokens beside decodes before anything was learned
 LEAST_CHUNK = 16  # below this a prompt would never end, whatever the bound
 
