@@ -1,9 +1,17 @@
-"""The C library's allocator, told what this process does with memory."""
+"""Memory that this process keeps, and when it waits for the kernel to clear it."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # mallopt(3), malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -23,3 +31,17 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array that takes memory only where it was touched, a small page at a time.
+
+    numpy asks for pages of 2 MB. In a KV cache, whose layers lie apart, a prompt that is the first
+    to come so far touches one in each layer, keys and values: a step waited 0.3 s while the kernel
+    cleared 120 MB, for 12 MB that the prompt needed.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # not Linux, or one without large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)

@@ -15,6 +15,7 @@ import numpy as np
 from kernels.kv_rows import row_length
 from kernels.mark import Mark
 from scheduler.models import BLOCK_TOKENS
+from workers.allocator import lazy_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +40,9 @@ class KvCache:
     def __init__(self, shape: ModelShape, blocks: int, dtype: str = "float32") -> None:
         self.layers, self.kv_heads, self.head_dim = shape.layers, shape.kv_heads, shape.head_dim
         self.blocks = blocks
-        self.data = np.zeros(  # zeros are mapped lazily: blocks never used take no memory
-            (self.layers, 2, blocks, BLOCK_TOKENS, self.kv_heads, row_length(dtype, self.head_dim)),
-            dtype,
+        row = row_length(dtype, self.head_dim)
+        self.data = lazy_zeros(
+            (self.layers, 2, blocks, BLOCK_TOKENS, self.kv_heads, row), np.dtype(dtype)
         )
         self._slots = self.data.reshape(self.layers, 2, blocks * BLOCK_TOKENS, -1)  # a token each
         self.mark = Mark()  # layers that have the tokens of the step that runs

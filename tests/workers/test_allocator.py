@@ -3,8 +3,12 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from workers.allocator import lazy_zeros
 
 # Eight arrays of 2 MB made and freed on a thread: how many pages the kernel had to clear for them,
 # once the first rounds have been.
@@ -39,3 +43,18 @@ def test_freed_memory_stays_if_it_is_told_so(how):
     )
     pages = 8 * (2 << 20) // 4096
     assert (int(done.stdout) < pages // 10) == (how == "keep")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory is resident")
+def test_an_array_takes_the_small_pages_that_were_touched_and_no_more():
+    apart = 4 << 20
+    array = lazy_zeros((32, apart), np.dtype(np.uint8))
+    before = _resident()
+    assert not array[:, 0].any()
+    array[:, 0] = 1
+    assert array[:, :2].tolist() == [[1, 0]] * 32
+    assert _resident() - before < 4 << 20  # of 32 pages of 2 MB, were they large
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
