@@ -64,8 +64,9 @@ class Worker:
     held: float = 0.0  # tokens of KV cache that they will need
     moving: float = 0.0  # bytes of KV cache that prefills have left behind, to or from it
     links: dict[str, Link] = field(default_factory=dict)  # to others, by name
-    outputs: float = 0.0  # tokens that those which have begun will give, as predicted
-    left: float = 0.0  # of these, the ones that are still to come
+    decoding: int = 0  # of these, whose prompt is computed, or will be before one that comes now
+    outputs: float = 0.0  # tokens that these will give, as predicted
+    left: float = 0.0  # tokens to come of those whose prompt is computed
     # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits
     # allow in all, when they began (summed), and the tokens that they are still to give.
     limited: int = 0
@@ -183,8 +184,8 @@ class Worker:
         return crowding * self.turnover_s(tpot) if crowding else 0.0
 
     def turnover_s(self, tpot: float) -> float:
-        """Seconds until as many choices have ended as run now."""
-        return predict.turnover_s(self.left, self.outputs, self.running, tpot)
+        """Seconds until as many choices have ended as decode now."""
+        return predict.turnover_s(self.left, self.outputs, self.decoding, tpot)
 
     def settle(self) -> None:
         """When nothing runs the sums are 0: what rounding left in them is not work."""

@@ -98,7 +98,9 @@ class Placer:
             placement.prefill.moving += placement.bytes
             decode.moving += placement.bytes
         decode.left += placement.left
-        decode.outputs += placement.outputs
+        if placement.split:
+            decode.decoding += demand.choices
+            decode.outputs += placement.outputs
         if demand.tpot_s < math.inf and not demand.prefill_only:
             placement.limit = demand.tpot_s * placement.left
             decode.limited += demand.choices
@@ -153,6 +155,8 @@ class Placer:
             placement.prefill.dequeue(demand.rank, placement.tokens, placement.attended, now)
         else:
             decode.left -= placement.left
+        if not (placement.queued and placement.split):
+            decode.decoding -= demand.choices
             decode.outputs -= placement.outputs
         if placement.limit:
             decode.limited -= demand.choices
@@ -177,6 +181,9 @@ class Placer:
         for worker in {prefill, decode}:
             worker.outstanding += demand.choices
             self.prefixes.add(placement.chain, worker)
+        if prefill is decode:
+            decode.decoding += demand.choices
+            decode.outputs += placement.outputs
         decode.running += demand.choices
         decode.context += placement.context
         decode.held += placement.held

@@ -68,13 +68,13 @@ def crowding(
     return max(over, (running + more - places) / running)
 
 
-def turnover_s(left: float, outputs: float, running: float, tpot: float) -> float:
-    """Until as many have ended as run now, where `left` of `outputs` tokens are to come.
+def turnover_s(left: float, outputs: float, begun: float, tpot: float) -> float:
+    """Until as many have ended as decode now, where `left` of `outputs` tokens are to come.
 
     Met at any moment they are half done, on the mean; long answers are met more often than they
     begin, so it is a prediction's whole length at least.
     """
-    return max(2 * left, outputs) / max(running, 1) * tpot
+    return max(2 * left, outputs) / max(begun, 1) * tpot
 
 
 def handed_tpot_s(tpot: float, exposed: float, tokens: float, step: float) -> float:
@@ -109,10 +109,12 @@ def weight(ttft: float, tpot: float) -> float:
     return ttft + PACE_TOKENS * tpot
 
 
-def held_up(running: float, outputs: float, stall: float, each: float) -> float:
-    """The same of those who run: they stop for `stall` once, and for `each` in every step.
+def held_up(begun: float, outputs: float, stall: float) -> float:
+    """The same of those who decode, if they stop once; they will give so many tokens in all."""
+    mean = outputs / begun if begun else 0.0
+    return PACE_TOKENS * begun * stall / (mean if mean > 1 else 1.0)
 
-    `outputs`: tokens that they will give in all.
-    """
-    mean = outputs / running if running else 0.0
-    return PACE_TOKENS * running * (stall / (mean if mean > 1 else 1.0) + each)
+
+def slowed(running: float, each: float) -> float:
+    """The same of those who decode or will, if every step takes so much longer."""
+    return PACE_TOKENS * running * each

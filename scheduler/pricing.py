@@ -113,7 +113,7 @@ class Pricer:
         tpot = (alone + more) / busy
         used = toll = 0.0
         if not self._limited:
-            toll = predict.held_up(worker.running, worker.outputs, 0.0, more / busy)
+            toll = predict.slowed(worker.running, more / busy)
         elif worker.limited:
             before = worker.needed_s(alone / busy, now)
             used = worker.needed_s(tpot, now)
@@ -131,7 +131,7 @@ class Pricer:
         stall, toll = cost.token * tokens + attention, 0.0
         if output and not self._limited:
             weight = ROLE * stall if worker.role is Role.DECODE else stall
-            toll = predict.held_up(worker.running, worker.outputs, weight, 0.0)
+            toll = predict.held_up(worker.decoding, worker.outputs, weight)
         elif output and worker.limited:
             count = worker.limited
             toll = predict.made_late(count, output.used, stall * count, worker.allowed)
@@ -189,7 +189,7 @@ class Pricer:
         """Seconds until this route would be in time: its queue falls, or one of its batch ends."""
         if price.ttft > self._ttft:
             return price.ttft - self._ttft
-        return price.decode.turnover_s(price.tpot) / max(price.decode.running, 1)
+        return price.decode.turnover_s(price.tpot) / max(price.decode.decoding, 1)
 
     def toll(self, ttft: float, tpot: float = 0.0) -> float:
         """Its own part."""

@@ -94,18 +94,19 @@ class Book:
     gives: bool  # decodes
     coming: int = 0  # prompt tokens that wait for blocks where they will be decoded
     running: int = 0
+    decoding: int = 0
+    outputs: float = 0.0  # tokens that these will give
     context: float = 0.0
     held: float = 0.0
     mixed: float = 0.0
     mixed_at: float = 0.0
     # Of those that have begun: how many, with the seconds that limits allow them, the sum of the
-    # times when they began, and the tokens that they will give; and by which step each is expected
-    # to end, as long as it is not over: a heap, how many, their sum.
+    # times when they began; and by which step each is expected to end, until then: a heap, how
+    # many, their sum.
     begun: int = 0
     allowed: float = 0.0
     started: float = 0.0
     ends: list[tuple[float, int]] = field(default_factory=list)
-    outputs: float = 0.0
     expected: int = 0
     ends_sum: float = 0.0
     over: int = 0  # that were expected to have ended, and the sum of the steps when
@@ -123,6 +124,11 @@ class Book:
     limits: float = 0.0  # seconds that they allow in all
     toll: float = 0.0
 
+    def decodes(self, choices: int, tokens: float) -> None:
+        """So many more whose prompt is computed, or will be before one that comes now."""
+        self.decoding += choices
+        self.outputs += choices * tokens
+
     def changed(self) -> None:
         """Its batch did."""
         spec = self.spec
@@ -138,6 +144,7 @@ class Entry:
     context: float
     held: float
     each: float  # tokens after the first, expected
+    split: bool
     began: float = 0.0
     end: float = 0.0  # the step by which it is expected to end; negative once that is over
 
@@ -199,8 +206,9 @@ class Market:
         lane = book.lane
         gone = max(0.0, at - lane.now) / book.step_s
         entry.began, entry.end = at, lane.step + gone + entry.each
+        if entry.split:
+            book.decodes(1, entry.each)
         book.begun += 1
-        book.outputs += entry.each
         book.allowed += self._tpot * entry.each
         book.started += at
         book.expected += 1
@@ -214,8 +222,8 @@ class Market:
         book.running -= 1
         book.context -= entry.context
         book.held -= entry.held
+        book.decodes(-1, entry.each)
         book.begun -= 1
-        book.outputs -= entry.each
         book.allowed -= self._tpot * entry.each
         book.started -= entry.began
         if entry.end > 0:
@@ -248,11 +256,14 @@ class Market:
             if end.kind.allowance:  # see Placer
                 half = prefill is decode or (end.takes and end.gives)
                 end.kind.allowance.take(ask.tokens, 0.5 if half else 1.0, now)
+        split = prefill is not decode
+        if not split:
+            decode.decodes(1, ask.each)
         decode.running += 1
         decode.context += ask.length
         decode.held += ask.need
         decode.changed()
-        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each)
+        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each, split)
 
     def _decoded(self, book: Book, ask: Request) -> None:
         """The output there: its TPOT, room for it, and what those who run need of their limits."""
@@ -272,11 +283,11 @@ class Market:
                 book.held, ask.need, spec.kv_tokens, running, 1, spec.max_sequences
             )
             if crowding:
-                book.room = crowding * predict.turnover_s(left, book.outputs, running, tpot)
+                book.room = crowding * predict.turnover_s(left, book.outputs, book.decoding, tpot)
         book.toll = 0.0
         if not self._limited:
             own = book.kind.own / (1 - book.share)
-            book.toll = predict.held_up(running, book.outputs, 0.0, own)
+            book.toll = predict.slowed(running, own)
         elif book.begun:
             gone = now * book.begun - book.started
             before = gone + left * book.step_s / (1 - book.share)
@@ -309,10 +320,8 @@ class Market:
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
         """As `Pricer.split`."""
         sender, receiver = prefill.spec, decode.spec
-        rate, other = sender.cost.link_bytes_s, receiver.cost.link_bytes_s
-        moving = exposed = (
-            ask.tokens * sender.cost.kv_token_bytes / (rate if rate < other else other)
-        )
+        rate = min(sender.cost.link_bytes_s, receiver.cost.link_bytes_s)
+        moving = exposed = ask.tokens * sender.cost.kv_token_bytes / rate
         wait, ttft = prefill.wait, prefill.ttft
         if self._overlap:
             exposed = predict.hidden_s(exposed, moving, ttft - wait)
@@ -351,7 +360,7 @@ class Market:
         """The toll of those who run there while the prompt is computed."""
         if not self._limited:
             weight = book.kind.stall if book.takes else ROLE * book.kind.stall
-            return predict.held_up(book.running, book.outputs, weight, 0.0)
+            return predict.held_up(book.decoding, book.outputs, weight)
         return predict.made_late(book.begun, book.used, book.kind.stall * book.begun, book.limits)
 
 
@@ -367,11 +376,9 @@ def _prompted(book: Book, ask: Request) -> None:
 
 def _best(receivers: list[Book]) -> list[Book]:
     """As `routing` does: of many, the fastest."""
-    return (
-        receivers
-        if len(receivers) <= PAIRED
-        else sorted(receivers, key=attrgetter("tpot"))[:PAIRED]
-    )
+    if len(receivers) <= PAIRED:
+        return receivers
+    return sorted(receivers, key=attrgetter("tpot"))[:PAIRED]
 
 
 def _books(workers: Sequence[WorkerSpec], lanes: Sequence[Lane]) -> list[Book]:

@@ -26,7 +26,11 @@ SIZES = len(Planned(1.0).rates)
 def worker(
     name: str, role: Role, cost: CostModel = FAST, *, queue: int = 0, price: float = 0.0, **load
 ) -> Worker:
-    """With a `price` it is in a plan, which lets it have any number of requests."""
+    """With a `price` it is in a plan, which lets it have any number of requests.
+
+    The prompts of those who run are computed, unless `load` says otherwise.
+    """
+    load.setdefault("decoding", load.get("running", 0))
     allowance = Allowance(Planned(price, (1e9,) * SIZES)) if price else None
     address = Address(f"host-{name}", 1)
     made = Worker(name, role, address, cost, allowance=allowance, **load)
@@ -67,6 +71,10 @@ WITHOUT_LIMITS = {
         ("p", "d"),
     ),
     "apart, when its queue is long": ([worker("p", P), worker("d", D, queue=5000)], ("p", "d")),
+    "not apart, when those who would be held up have not begun: their prompts queue elsewhere": (
+        [worker("p", P, queue=5000), worker("d", D, running=9, decoding=1, outputs=100.0)],
+        ("d",),
+    ),
     "not apart for less than a step there: blocks are reserved between two": (
         [worker("p", P), worker("d", D, queue=500)],
         ("d",),
