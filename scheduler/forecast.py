@@ -1,12 +1,70 @@
-"""What one model's requests look like, learned from those that have passed."""
+"""What one model's requests look like, learned from those that have passed.
+
+Short answers end first, so a mean of those that have ended is too short for as long as the long
+ones still run. So what is learned is how many of the answers that come to 2^k tokens go on to
+2^(k+1): those that still run count as far as they have come (Kaplan and Meier, 1958).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 LEARN = 0.05  # weight of the newest request in a running average
-OUTPUT_TOKENS = 128.0  # of a request before any has finished
-EARLY = 20  # requests of a size that count as so many in the first averages
+OUTPUT_TOKENS = 128.0  # of a request, on the mean, as far as nothing is known
+SHORT = 4  # answers of fewer than 2^SHORT tokens are told apart by their mean only
+
+
+@dataclass(slots=True)
+class _Octave:
+    """Answers that come to the least size of an octave of tokens."""
+
+    going_on: float = 1.0  # their share that comes to the next octave
+    mean: float = 0.0  # tokens of those that do not
+    seen: int = 0
+    ended: int = 0
+
+    def learn(self, *, went_on: bool) -> None:
+        self.seen += 1
+        self.going_on += max(LEARN, 1 / self.seen) * (went_on - self.going_on)
+
+    def learn_end(self, tokens: int) -> None:
+        self.learn(went_on=False)
+        self.ended += 1
+        self.mean += max(LEARN, 1 / self.ended) * (tokens - self.mean)
+
+
+class _Outputs:
+    """Of prompts of like size."""
+
+    def __init__(self) -> None:
+        self._octaves: list[_Octave] = []
+        self._mean: float | None = OUTPUT_TOKENS  # None: something was learned since
+
+    def mean(self) -> float:
+        if self._mean is None:
+            there, mean = 1.0, 0.0
+            for octave in self._octaves:
+                ending = there * (1 - octave.going_on)
+                mean += ending * octave.mean
+                there -= ending
+            most = 1 << (SHORT + len(self._octaves) - 1)
+            self._mean = mean + there * (most + OUTPUT_TOKENS)
+        return self._mean
+
+    def at(self, tokens: int) -> _Octave:
+        """To learn of answers that have so many."""
+        return self._at(_bin(tokens))
+
+    def grow(self, before: int, now: int) -> None:
+        for at in range(_bin(before), _bin(now)):
+            self._at(at).learn(went_on=True)
+
+    def _at(self, at: int) -> _Octave:
+        self._mean = None
+        while len(self._octaves) <= at:
+            self._octaves.append(_Octave())
+        return self._octaves[at]
 
 
 class Forecast:
@@ -14,31 +72,42 @@ class Forecast:
 
     def __init__(self) -> None:
         self.chars_per_token = 4.0
-        self._outputs: dict[int, tuple[int, float]] = {}  # octave of prompt: seen, mean output
+        self._outputs: dict[int, _Outputs] = {}  # by octave of the prompt
 
     def prompt_tokens(self, chars: int) -> int:
         return max(1, round(chars / self.chars_per_token))
 
     def output_tokens(self, prompt_tokens: int) -> float:
-        """The mean of what prompts of like size had, or of the nearest size that is known."""
+        """The mean of what prompts of like size have, or of the nearest size that is known."""
         at = _octave(prompt_tokens)
         if not self._outputs:
             return OUTPUT_TOKENS
         if at not in self._outputs:
             at = min(self._outputs, key=lambda known: (abs(known - at), known))
-        return self._outputs[at][1]
+        return self._outputs[at].mean()
 
     def learn_prompt(self, chars: int, tokens: int) -> None:
         """A prompt of so many characters had so many tokens."""
         self.chars_per_token += LEARN * (chars / max(tokens, 1) - self.chars_per_token)
 
-    def learn_output(self, prompt_tokens: int, tokens: int) -> None:
-        """A choice after such a prompt ended after so many tokens."""
-        at = _octave(prompt_tokens)
-        seen, mean = self._outputs.get(at, (0, 0.0))
-        weight = max(LEARN, 1 / (seen + 1)) if seen < EARLY else LEARN
-        self._outputs[at] = seen + 1, mean + weight * (tokens - mean)
+    def learn_growth(self, prompt_tokens: int, before: int, now: int) -> None:
+        """An answer to such a prompt had so many tokens `before`, and has more `now`."""
+        if _bin(before) != _bin(now):
+            self._outputs.setdefault(_octave(prompt_tokens), _Outputs()).grow(before, now)
+
+    def learn_end(self, prompt_tokens: int, tokens: int) -> None:
+        """One ended after so many tokens, as many as it had grown to."""
+        self._outputs.setdefault(_octave(prompt_tokens), _Outputs()).at(tokens).learn_end(tokens)
+
+
+def next_size(tokens: int) -> int:
+    """To which an answer that has so many tokens must grow until it is counted again."""
+    return 1 << (SHORT + _bin(tokens))
 
 
 def _octave(tokens: int) -> int:
     return int(math.log2(max(tokens, 1)))
+
+
+def _bin(tokens: int) -> int:
+    return max(0, tokens.bit_length() - SHORT)

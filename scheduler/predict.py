@@ -1,6 +1,6 @@
 """The arithmetic of a route's price, on numbers alone.
 
-The router's `fleet.Worker` and the fast simulation's `simulate_market.Book` keep different records
+The router's `fleet.Worker` and the fast simulation's `simulate_book.Book` keep different records
 of a worker; what follows from a record is reckoned here for both. Times are in seconds. One choice
 asks a hundred times: comparisons stand where `max` and `min` would be calls.
 """
@@ -65,7 +65,7 @@ def crowding(
     if held + need <= kv_tokens and running + more <= places:
         return 0.0
     over = (held + need - kv_tokens) / max(held, 1.0)
-    return max(over, (running + more - places) / running)
+    return max(over, (running + more - places) / min(running, places))
 
 
 def turnover_s(left: float, outputs: float, begun: float, tpot: float) -> float:
@@ -96,6 +96,17 @@ def risk(share: float) -> float:
     return 1 / (1 + math.exp((1 - share) / ERROR))
 
 
+def queued(share: float, waited: float) -> float:
+    """How many will be late, of one that is predicted to take this share of its limit and of those
+    who come after it; `waited` of the share goes by in a queue.
+
+    While it waits as many come as wait now (Little, 1961), and each of them waits a turn longer.
+    So what a queue costs is its length times the risk of who joins it, and this is the slope.
+    """
+    late = risk(share)
+    return late + waited * late * (1 - late) / ERROR
+
+
 def made_late(sequences: float, used: float, more: float, allowed: float) -> float:
     """How many of those who run would be late by `more` seconds in all, who were not.
 
@@ -104,9 +115,12 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
     return sequences * (risk((used + more) / allowed) - risk(used / allowed)) if allowed else 0.0
 
 
-def weight(ttft: float, tpot: float) -> float:
-    """Of a route where there are no limits, in seconds."""
-    return ttft + PACE_TOKENS * tpot
+def weight(ttft: float, tpot: float, wait: float) -> float:
+    """Of a route where there are no limits, in seconds: of its own and of those behind it.
+
+    These wait as long, all together, as it waits itself: see `queued`.
+    """
+    return ttft + wait + PACE_TOKENS * tpot
 
 
 def held_up(begun: float, outputs: float, stall: float) -> float:

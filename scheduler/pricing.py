@@ -150,7 +150,7 @@ class Pricer:
             # What slows it down are prompts like this one: without its own share, a decode worker
             # that computes prompts would never look faster to those that are computed elsewhere.
             tpot *= worker.slowing(prompt.stall, self._now)
-        toll = self.toll(ttft, tpot) + prompt.toll + output.toll
+        toll = self.toll(ttft, tpot, wait) + prompt.toll + output.toll
         return Price(toll, cost, ttft, tpot, wait, worker, worker)
 
     def split(self, prompt: Prompted, output: Decoded) -> Price:
@@ -163,16 +163,17 @@ class Pricer:
         if prefill.overlaps:
             exposed = predict.hidden_s(exposed, moving, prompt.ttft - prompt.wait)
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
+        wait = prompt.wait + room
         ttft = prompt.ttft + room + STEPS_TO_GRANT * output.step
         tpot = predict.handed_tpot_s(output.tpot, exposed, self._each, output.step)
         link = LINK_WORK * moving * (self._price(prefill) + self._price(decode))
         cost = prompt.cost + output.cost + link
         if Role.MIXED in (prefill.role, decode.role):
             cost *= MOST  # no plan has such a route
-        toll = self.toll(ttft, tpot) + prompt.toll + output.toll
+        toll = self.toll(ttft, tpot, wait) + prompt.toll + output.toll
         if prefill.role is decode.role:
             toll *= MARGIN
-        return Price(toll, cost, ttft, tpot, prompt.wait + room, prefill, decode)
+        return Price(toll, cost, ttft, tpot, wait, prefill, decode)
 
     def possible(self, workers: Iterable[Worker]) -> bool:
         """Whether one of these would keep the limits if it were idle."""
@@ -191,13 +192,14 @@ class Pricer:
             return price.ttft - self._ttft
         return price.decode.turnover_s(price.tpot) / max(price.decode.decoding, 1)
 
-    def toll(self, ttft: float, tpot: float = 0.0) -> float:
-        """Its own part."""
-        weight = predict.weight(ttft, tpot)
+    def toll(self, ttft: float, tpot: float, wait: float) -> float:
+        """Its own part, and that of those who will wait behind it."""
+        weight = predict.weight(ttft, tpot, wait)
         if not self._limited:
             return weight
-        demand, risk = self._demand, predict.risk
-        return risk(ttft / demand.ttft_s) + risk(tpot / demand.tpot_s) + SECOND * weight
+        demand = self._demand
+        first = predict.queued(ttft / demand.ttft_s, wait / demand.ttft_s)
+        return first + predict.risk(tpot / demand.tpot_s) + SECOND * weight
 
     def _price(self, worker: Worker) -> float:
         """Of a second there; it is asked for only where there are limits."""

@@ -119,10 +119,11 @@ def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) 
     prices = [pricer.whole(prompts[output.worker], output) for output in outputs]
     if lanes.prefill:
         senders = [prompts.get(worker) or pricer.prompted(worker, None) for worker in lanes.prefill]
-        receivers = _best(outputs, key=lambda output: output.toll + pricer.toll(0.0, output.tpot))
+        receivers = _best(outputs, key=lambda end: end.toll + pricer.toll(0.0, end.tpot, 0.0))
+        senders = _best(senders, key=lambda end: end.toll + pricer.toll(end.ttft, 0.0, end.wait))
         prices += [
             pricer.split(prompt, output)
-            for prompt in _best(senders, key=lambda prompt: prompt.toll + pricer.toll(prompt.ttft))
+            for prompt in senders
             for output in receivers
             if prompt.worker.may_hand_to(output.worker)
         ]

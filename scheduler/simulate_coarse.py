@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from scheduler.capacity import Slo
+    from scheduler.simulate_book import Book
     from scheduler.simulate_lane import Said
-    from scheduler.simulate_market import Book
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 

@@ -1,30 +1,28 @@
 """Routes for the fast simulation: the router's arithmetic (`scheduler.predict`) on fewer records.
 
-It knows each worker's queue as it is, and of hand-overs prices those from the soonest prefill. What
-changes only with a worker's batch is kept beside it; what workers of one kind have in common is
-reckoned once a request.
+It knows each worker's queue as it is, and of hand-overs prices those from the soonest prefill.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from scheduler import predict
 from scheduler.cost import context_sum
 from scheduler.forecast import Forecast
-from scheduler.messages import Role
-from scheduler.predict import LINK_WORK, MARGIN, MIXING_S, ROLE, SAFETY, SECOND, STEPS_TO_GRANT
+from scheduler.predict import LINK_WORK, MARGIN, MIXING_S, ROLE, SECOND, STEPS_TO_GRANT
 from scheduler.routing import HOPELESS, IN_TIME, MAX_WAIT_S, PAIRED
-from scheduler.shares import MOST, Allowance, rounded
+from scheduler.shares import MOST, rounded
+from scheduler.simulate_book import Entry, Request, books_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from scheduler.capacity import Slo
+    from scheduler.simulate_book import Book
     from scheduler.simulate_lane import Lane
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
@@ -32,121 +30,6 @@ if TYPE_CHECKING:
 # whether it is risky, cost, toll, wait
 Price = tuple[float, ...]
 NEVER: Price = (math.inf,)
-
-
-@dataclass(slots=True)
-class Request:
-    """One that wants a route: see `pricing.Pricer`."""
-
-    tokens: int
-    attended: int  # the sum of their contexts
-    each: float  # tokens after the first, expected
-    length: float  # tokens, half of the expected output included
-    need: float  # tokens of KV cache in the end
-    now: float
-
-
-@dataclass(slots=True)
-class Kind:
-    """Workers that are alike, and what the newest request would cost on any of them."""
-
-    spec: WorkerSpec
-    token_s: float  # of a prompt, in a full step
-    allowance: Allowance | None  # by the plan
-    price: float = 0.0  # of a second
-    request: Request | None = None
-    attention: float = 0.0
-    stall: float = 0.0
-    prompt_cost: float = 0.0
-    own: float = 0.0  # seconds by which it makes a step longer
-    output_cost: float = 0.0
-    cost: int = 0  # of both together, rounded
-
-    def ask(self, request: Request) -> None:
-        self.request = request
-        cost = self.spec.cost
-        self.attention = cost.attend * request.attended
-        self.stall = cost.token * request.tokens + self.attention
-        self.own = cost.sequence + cost.context * request.length
-        if self.allowance:
-            self.price = price = self.allowance.price(request.tokens, request.now)
-            self.prompt_cost = price * (request.tokens * self.token_s + self.attention)
-            self.output_cost = price * request.each * self.own
-            self.cost = rounded(self.prompt_cost + self.output_cost)
-
-    def possible(self, request: Request, ttft: float, tpot: float) -> bool:
-        """Whether it would keep these limits if it were idle: see `Pricer.possible`."""
-        alone = request.tokens * self.token_s + self.attention
-        step = self.spec.cost.decode_step_s(1, request.length)
-        decodes = self.spec.role is not Role.PREFILL
-        return decodes and alone <= SAFETY * ttft and step <= SAFETY * tpot
-
-
-@dataclass(slots=True)
-class Book:
-    """A worker with what it was given and has not ended; see `fleet.Worker` for the words."""
-
-    at: int
-    lane: Lane
-    spec: WorkerSpec
-    kind: Kind
-    takes: bool  # prompts for others
-    gives: bool  # decodes
-    coming: int = 0  # prompt tokens that wait for blocks where they will be decoded
-    running: int = 0
-    decoding: int = 0
-    outputs: float = 0.0  # tokens that these will give
-    context: float = 0.0
-    held: float = 0.0
-    mixed: float = 0.0
-    mixed_at: float = 0.0
-    # Of those that have begun: how many, with the seconds that limits allow them, the sum of the
-    # times when they began; and by which step each is expected to end, until then: a heap, how
-    # many, their sum.
-    begun: int = 0
-    allowed: float = 0.0
-    started: float = 0.0
-    ends: list[tuple[float, int]] = field(default_factory=list)
-    expected: int = 0
-    ends_sum: float = 0.0
-    over: int = 0  # that were expected to have ended, and the sum of the steps when
-    over_sum: float = 0.0
-    # Follows from the batch: seconds of a step, and of a prompt token beside it.
-    step_s: float = 0.0
-    token_s: float = 0.0
-    # What the newest request would find here.
-    wait: float = 0.0
-    ttft: float = 0.0
-    share: float = 0.0  # of the time that goes to prompts
-    tpot: float = 0.0
-    room: float = 0.0
-    used: float = 0.0  # see `pricing.Decoded`
-    limits: float = 0.0  # seconds that they allow in all
-    toll: float = 0.0
-
-    def decodes(self, choices: int, tokens: float) -> None:
-        """So many more whose prompt is computed, or will be before one that comes now."""
-        self.decoding += choices
-        self.outputs += choices * tokens
-
-    def changed(self) -> None:
-        """Its batch did."""
-        spec = self.spec
-        self.step_s = spec.cost.decode_step_s(self.running, self.context)
-        self.token_s = predict.token_s(spec.cost, self.running, self.context, spec.max_step_tokens)
-
-
-@dataclass(slots=True)
-class Entry:
-    """What a request has brought to its decode worker."""
-
-    book: Book
-    context: float
-    held: float
-    each: float  # tokens after the first, expected
-    split: bool
-    began: float = 0.0
-    end: float = 0.0  # the step by which it is expected to end; negative once that is over
 
 
 class Market:
@@ -158,7 +41,7 @@ class Market:
         *,
         overlap: bool,
     ) -> None:
-        self.books = _books(workers, lanes)
+        self.books = books_of(workers, lanes)
         self._entries: dict[int, Entry] = {}
         self._forecast = Forecast()
         self._overlap = overlap
@@ -205,7 +88,8 @@ class Market:
         book = entry.book
         lane = book.lane
         gone = max(0.0, at - lane.now) / book.step_s
-        entry.began, entry.end = at, lane.step + gone + entry.each
+        entry.began, entry.step = at, lane.step + gone
+        entry.end = entry.step + entry.each
         if entry.split:
             book.decodes(1, entry.each)
         book.begun += 1
@@ -213,7 +97,7 @@ class Market:
         book.started += at
         book.expected += 1
         book.ends_sum += entry.end
-        heapq.heappush(book.ends, (entry.end, number))
+        heapq.heappush(book.told, (entry.next(), number))
 
     def last(self, number: int, request: Arrival) -> None:
         """All its tokens are."""
@@ -234,11 +118,12 @@ class Market:
             book.over_sum += entry.end
         book.changed()
         if request.output > 1:
-            self._forecast.learn_output(request.input, request.output)
+            self._forecast.learn_growth(request.input, entry.tokens, request.output)
+            self._forecast.learn_end(request.input, request.output)
 
     def _request(self, request: Arrival, now: float) -> Request:
         tokens = request.input
-        output = min(self._forecast.output_tokens(tokens), request.output)
+        output = self._forecast.output_tokens(tokens)
         each = output - 1.0 if output > 2.0 else 1.0
         attended = context_sum(0, tokens)
         return Request(tokens, attended, each, tokens + output / 2, tokens + output, now)
@@ -263,7 +148,7 @@ class Market:
         decode.context += ask.length
         decode.held += ask.need
         decode.changed()
-        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each, split)
+        self._entries[number] = Entry(decode, ask.length, ask.need, ask.each, split, ask.tokens)
 
     def _decoded(self, book: Book, ask: Request) -> None:
         """The output there: its TPOT, room for it, and what those who run need of their limits."""
@@ -271,8 +156,8 @@ class Market:
         book.share = predict.mixed(book.mixed, now - book.mixed_at)
         book.tpot = tpot = (book.step_s + book.kind.own) / (1 - book.share)
         step = lane.step + (now - lane.now) / book.step_s if now > lane.now else lane.step
-        if book.ends and book.ends[0][0] <= step:
-            self._overdue(book, step)
+        if book.told and book.told[0][0] <= step:
+            self._hear(book, step)
         left = book.ends_sum - step * book.expected
         if left < 0:
             left = 0.0
@@ -295,17 +180,24 @@ class Market:
             book.limits = book.allowed + self._tpot * (book.over * step - book.over_sum)
             book.toll = predict.made_late(book.begun, before, book.used - before, book.limits)
 
-    def _overdue(self, book: Book, step: float) -> None:
-        """Those that were expected to have ended by this step."""
-        while book.ends and book.ends[0][0] <= step:
-            end, number = heapq.heappop(book.ends)
+    def _hear(self, book: Book, step: float) -> None:
+        """What answers have come to by this step: a size that is counted, or their expected end."""
+        while book.told and book.told[0][0] <= step:
+            at, number = book.told[0]
             entry = self._entries.get(number)
-            if entry and entry.end > 0:
-                entry.end = -end
+            if not entry:
+                heapq.heappop(book.told)
+                continue
+            if at >= entry.end > 0:
                 book.expected -= 1
-                book.ends_sum -= end
+                book.ends_sum -= entry.end
                 book.over += 1
-                book.over_sum += end
+                book.over_sum += entry.end
+                entry.end = -entry.end
+            tokens = 1 + round(at - entry.step)
+            self._forecast.learn_growth(entry.prompt, entry.tokens, tokens)
+            entry.tokens = tokens
+            heapq.heapreplace(book.told, (entry.next(), number))
 
     def _whole(self, book: Book, ask: Request) -> Price:
         """As `Pricer.whole`."""
@@ -314,7 +206,7 @@ class Market:
             ttft, wait = ttft + book.room - wait, book.room
         if not book.takes:
             tpot *= predict.slowing(book.share, kind.stall)
-        toll = self._own_toll(ttft, tpot) + self._stop(book) + book.toll
+        toll = self._own_toll(ttft, tpot, wait) + self._stop(book) + book.toll
         return self._price(toll, kind.cost, wait)
 
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
@@ -333,7 +225,7 @@ class Market:
             most = receiver.max_step_tokens
             step += receiver.cost.token * (queued if queued < most else most)
         tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each, step)
-        toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot)
+        toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot, wait)
         toll += self._stop(prefill) + decode.toll
         if sender.role is receiver.role:
             toll *= MARGIN
@@ -349,12 +241,13 @@ class Market:
         risky = not self._limited or toll > IN_TIME
         return risky, 0 if risky else cost, toll, wait
 
-    def _own_toll(self, ttft: float, tpot: float) -> float:
+    def _own_toll(self, ttft: float, tpot: float, wait: float) -> float:
         """As `Pricer.toll`."""
-        weight = predict.weight(ttft, tpot)
+        weight = predict.weight(ttft, tpot, wait)
         if not self._limited:
             return weight
-        return predict.risk(ttft / self._ttft) + predict.risk(tpot / self._tpot) + SECOND * weight
+        first = predict.queued(ttft / self._ttft, wait / self._ttft)
+        return first + predict.risk(tpot / self._tpot) + SECOND * weight
 
     def _stop(self, book: Book) -> float:
         """The toll of those who run there while the prompt is computed."""
@@ -379,24 +272,3 @@ def _best(receivers: list[Book]) -> list[Book]:
     if len(receivers) <= PAIRED:
         return receivers
     return sorted(receivers, key=attrgetter("tpot"))[:PAIRED]
-
-
-def _books(workers: Sequence[WorkerSpec], lanes: Sequence[Lane]) -> list[Book]:
-    kinds: dict[tuple[object, ...], Kind] = {}
-    books = []
-    for at, (spec, lane) in enumerate(zip(workers, lanes, strict=True)):
-        alike = spec.role, spec.cost, spec.max_step_tokens, spec.plan and spec.kind
-        if alike not in kinds:
-            plan = Allowance(spec.plan) if spec.plan else None
-            kinds[alike] = Kind(spec, predict.full_token_s(spec.cost, spec.max_step_tokens), plan)
-        book = Book(
-            at,
-            lane,
-            spec,
-            kinds[alike],
-            takes=spec.role is not Role.DECODE,
-            gives=spec.role is not Role.PREFILL,
-        )
-        book.changed()
-        books.append(book)
-    return books

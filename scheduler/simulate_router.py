@@ -96,7 +96,7 @@ class Router:
         placer, slo = self.placer, self.slo
         demand = Demand(
             prompt_tokens=request.input,
-            output_tokens=min(placer.forecast.output_tokens(request.input), request.output),
+            output_tokens=placer.forecast.output_tokens(request.input),
             ttft_s=slo.ttft_ms / 1e3 if slo else math.inf,
             tpot_s=slo.tpot_ms / 1e3 if slo else math.inf,
             prefill_only=request.output == 1,
@@ -124,7 +124,9 @@ class Router:
         del self._placed[placed.number]
         self.placer.end(placed.placement, now)
         if served and request.output > 1:
-            self.placer.forecast.learn_output(request.input, request.output)
+            forecast = self.placer.forecast
+            forecast.learn_growth(request.input, placed.told, request.output)
+            forecast.learn_end(request.input, request.output)
 
     def heard(self, worker: str, cost: CostModel) -> None:
         """A heartbeat says how fast this worker has become."""
@@ -141,6 +143,8 @@ class Router:
             placed = self._placed.get(number)
             if placed and placed.decode == at and tokens > placed.told:
                 self.placer.emitted(placed.placement, tokens - placed.told)
+                prompt = placed.placement.demand.prompt_tokens
+                self.placer.forecast.learn_growth(prompt, placed.told, tokens)
                 placed.told = tokens
 
 

@@ -97,7 +97,7 @@ class Placing:
             return
         forecast, now = self._placer(job.model).forecast, self._clock()
         for tokens in finished:
-            forecast.learn_output(standing.prompt_tokens, tokens)
+            forecast.learn_end(standing.prompt_tokens, tokens)
             late = standing.first is not None and tokens > 1
             if late and (now - (standing.first or 0)) / (tokens - 1) > standing.tpot_s:
                 self.violations["tpot"] += 1
@@ -134,6 +134,8 @@ class Placing:
         """An attempt gives tokens."""
         placer = self._placer(job.model)
         self._shares[job.model].serve(standing.key, len(output.ids))
+        grown = output.position + len(output.ids)
+        placer.forecast.learn_growth(standing.prompt_tokens, output.position, grown)
         if standing.first is None:
             standing.first = self._clock()
             self.violations["ttft"] += standing.first - standing.arrived > standing.ttft_s

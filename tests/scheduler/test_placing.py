@@ -175,11 +175,27 @@ def test_outputs_are_predicted_by_the_size_of_the_prompt():
     forecast = Forecast()
     assert forecast.output_tokens(100) == OUTPUT_TOKENS
     for _ in range(30):
-        forecast.learn_output(100, 10)
-        forecast.learn_output(4000, 300)
+        forecast.learn_end(100, 10)
+        forecast.learn_end(4000, 300)
     assert forecast.output_tokens(120) == pytest.approx(10)
     assert forecast.output_tokens(3000) == pytest.approx(300)
     assert forecast.output_tokens(100_000) == pytest.approx(300)  # the nearest that is known
+
+
+def test_answers_that_still_run_count_as_far_as_they_have_come():
+    forecast, ended = Forecast(), Forecast()
+    for tokens in (40, 500) * 20:  # half are short, and have ended; the long ones still run
+        forecast.learn_growth(100, 1, min(tokens, 90))
+        if tokens < 90:
+            forecast.learn_end(100, tokens)
+            ended.learn_growth(100, 1, tokens)
+            ended.learn_end(100, tokens)
+    assert ended.output_tokens(100) == pytest.approx(40)
+    assert 100 < forecast.output_tokens(100) < 200
+    for _ in range(20):
+        forecast.learn_growth(100, 90, 500)
+        forecast.learn_end(100, 500)
+    assert forecast.output_tokens(100) == pytest.approx(270, rel=0.1)
 
 
 def test_prompts_are_sized_by_their_characters():
