@@ -58,6 +58,16 @@ def slowing(share: float, stall: float) -> float:
     return (1 - share) / (1 - min(MOST_MIXED, share + stall / MIXING_S))
 
 
+def behind_s(jobs: int, own: float, room: float) -> float:
+    """By how much a prompt of so many seconds keeps those waiting, in all, who come behind it.
+
+    As many come while it waits as wait now (Little, 1961), and each waits for this prompt too; or,
+    where they wait for a place, for one turn of the `room` seconds that as many turns take.
+    """
+    queue = jobs * own
+    return room if room > queue else queue
+
+
 def crowding(
     held: float, need: float, kv_tokens: float, running: float, more: float, places: float
 ) -> float:
@@ -96,15 +106,14 @@ def risk(share: float) -> float:
     return 1 / (1 + math.exp((1 - share) / ERROR))
 
 
-def queued(share: float, waited: float) -> float:
-    """How many will be late, of one that is predicted to take this share of its limit and of those
-    who come after it; `waited` of the share goes by in a queue.
+def queued(share: float, behind: float) -> float:
+    """How many will be late: one that is predicted to take this share of its limit, and of those
+    who come while it waits, whom it makes wait for so much longer in all, as a share of theirs.
 
-    While it waits as many come as wait now (Little, 1961), and each of them waits a turn longer.
-    So what a queue costs is its length times the risk of who joins it, and this is the slope.
+    What a queue costs is its length times the risk of who joins it; this is the slope of that.
     """
     late = risk(share)
-    return late + waited * late * (1 - late) / ERROR
+    return late + behind * late * (1 - late) / ERROR
 
 
 def made_late(sequences: float, used: float, more: float, allowed: float) -> float:
@@ -115,12 +124,9 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
     return sequences * (risk((used + more) / allowed) - risk(used / allowed)) if allowed else 0.0
 
 
-def weight(ttft: float, tpot: float, wait: float) -> float:
-    """Of a route where there are no limits, in seconds: of its own and of those behind it.
-
-    These wait as long, all together, as it waits itself: see `queued`.
-    """
-    return ttft + wait + PACE_TOKENS * tpot
+def weight(ttft: float, tpot: float, behind: float) -> float:
+    """Of a route where there are no limits, in seconds; `behind`: of those who come after it."""
+    return ttft + behind + PACE_TOKENS * tpot
 
 
 def held_up(begun: float, outputs: float, stall: float) -> float:

@@ -72,6 +72,7 @@ class Prompted(NamedTuple):
     worker: Worker
     ttft: float
     wait: float  # of it, what goes by before the prompt begins
+    own: float  # of it, what the prompt itself takes
     stall: float  # how long it holds up those who decode there
     toll: float  # of these
     cost: float
@@ -136,8 +137,13 @@ class Pricer:
             count = worker.limited
             toll = predict.made_late(count, output.used, stall * count, worker.allowed)
         price = self._price(worker) * (tokens * worker.token_s + attention)
-        ttft = wait + worker.prompt_s(tokens, attended)
-        return Prompted(worker, ttft, wait, stall, toll, price)
+        own = worker.prompt_s(tokens, attended)
+        return Prompted(worker, wait + own, wait, own, stall, toll, price)
+
+    def sent(self, prompt: Prompted) -> float:
+        """The toll of a prompt that is decoded elsewhere, as far as it is known without that."""
+        behind = predict.behind_s(prompt.worker.jobs, prompt.own, 0.0)
+        return prompt.toll + self.toll(prompt.ttft, 0.0, behind)
 
     # The queue of prompts goes by while there comes room: of the two waits the longer counts.
 
@@ -145,12 +151,13 @@ class Pricer:
         """Both on one worker, which holds up everybody there while it computes the prompt."""
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         worker, cost, wait = prompt.worker, prompt.cost + output.cost, prompt.wait + room
+        behind = predict.behind_s(prompt.worker.jobs, prompt.own, output.room)
         ttft, tpot = prompt.ttft + room, output.tpot
         if worker.role is Role.DECODE:
             # What slows it down are prompts like this one: without its own share, a decode worker
             # that computes prompts would never look faster to those that are computed elsewhere.
             tpot *= worker.slowing(prompt.stall, self._now)
-        toll = self.toll(ttft, tpot, wait) + prompt.toll + output.toll
+        toll = self.toll(ttft, tpot, behind) + prompt.toll + output.toll
         return Price(toll, cost, ttft, tpot, wait, worker, worker)
 
     def split(self, prompt: Prompted, output: Decoded) -> Price:
@@ -161,16 +168,17 @@ class Pricer:
         moving = size / rate
         exposed = max(prefill.moving, decode.moving) / rate + moving
         if prefill.overlaps:
-            exposed = predict.hidden_s(exposed, moving, prompt.ttft - prompt.wait)
+            exposed = predict.hidden_s(exposed, moving, prompt.own)
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         wait = prompt.wait + room
+        behind = predict.behind_s(prompt.worker.jobs, prompt.own, output.room)
         ttft = prompt.ttft + room + STEPS_TO_GRANT * output.step
         tpot = predict.handed_tpot_s(output.tpot, exposed, self._each, output.step)
         link = LINK_WORK * moving * (self._price(prefill) + self._price(decode))
         cost = prompt.cost + output.cost + link
         if Role.MIXED in (prefill.role, decode.role):
             cost *= MOST  # no plan has such a route
-        toll = self.toll(ttft, tpot, wait) + prompt.toll + output.toll
+        toll = self.toll(ttft, tpot, behind) + prompt.toll + output.toll
         if prefill.role is decode.role:
             toll *= MARGIN
         return Price(toll, cost, ttft, tpot, wait, prefill, decode)
@@ -192,13 +200,13 @@ class Pricer:
             return price.ttft - self._ttft
         return price.decode.turnover_s(price.tpot) / max(price.decode.decoding, 1)
 
-    def toll(self, ttft: float, tpot: float, wait: float) -> float:
+    def toll(self, ttft: float, tpot: float, behind: float) -> float:
         """Its own part, and that of those who will wait behind it."""
-        weight = predict.weight(ttft, tpot, wait)
+        weight = predict.weight(ttft, tpot, behind)
         if not self._limited:
             return weight
         demand = self._demand
-        first = predict.queued(ttft / demand.ttft_s, wait / demand.ttft_s)
+        first = predict.queued(ttft / demand.ttft_s, behind / demand.ttft_s)
         return first + predict.risk(tpot / demand.tpot_s) + SECOND * weight
 
     def _price(self, worker: Worker) -> float:

@@ -206,7 +206,7 @@ class Market:
             ttft, wait = ttft + book.room - wait, book.room
         if not book.takes:
             tpot *= predict.slowing(book.share, kind.stall)
-        toll = self._own_toll(ttft, tpot, wait) + self._stop(book) + book.toll
+        toll = self._own_toll(ttft, tpot, _behind(book, book.room)) + self._stop(book) + book.toll
         return self._price(toll, kind.cost, wait)
 
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
@@ -225,7 +225,7 @@ class Market:
             most = receiver.max_step_tokens
             step += receiver.cost.token * (queued if queued < most else most)
         tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each, step)
-        toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot, wait)
+        toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot, _behind(prefill, decode.room))
         toll += self._stop(prefill) + decode.toll
         if sender.role is receiver.role:
             toll *= MARGIN
@@ -241,12 +241,12 @@ class Market:
         risky = not self._limited or toll > IN_TIME
         return risky, 0 if risky else cost, toll, wait
 
-    def _own_toll(self, ttft: float, tpot: float, wait: float) -> float:
+    def _own_toll(self, ttft: float, tpot: float, behind: float) -> float:
         """As `Pricer.toll`."""
-        weight = predict.weight(ttft, tpot, wait)
+        weight = predict.weight(ttft, tpot, behind)
         if not self._limited:
             return weight
-        first = predict.queued(ttft / self._ttft, wait / self._ttft)
+        first = predict.queued(ttft / self._ttft, behind / self._ttft)
         return first + predict.risk(tpot / self._tpot) + SECOND * weight
 
     def _stop(self, book: Book) -> float:
@@ -265,6 +265,11 @@ def _prompted(book: Book, ask: Request) -> None:
         wait = predict.queue_s(wait, len(lane.queue), ask.now - lane.now)
     book.wait = wait
     book.ttft = wait + ask.tokens * book.token_s + book.kind.attention
+
+
+def _behind(book: Book, room: float) -> float:
+    """Of the prompt there: see `predict.behind_s`."""
+    return predict.behind_s(len(book.lane.queue), book.ttft - book.wait, room)
 
 
 def _best(receivers: list[Book]) -> list[Book]:

@@ -76,7 +76,7 @@ WITHOUT_LIMITS = {
         ("d",),
     ),
     "not apart for less than a step there: blocks are reserved between two": (
-        [worker("p", P), worker("d", D, queue=5, running=1, outputs=1000.0)],
+        [worker("p", P), worker("d", D, queue=500)],
         ("d",),
     ),
     "a fast worker's queue costs those behind it too: so a slow one without": (
@@ -200,7 +200,7 @@ def test_with_limits_the_cheapest_in_time_wins(workers, route):
 
 
 def test_tokens_that_a_worker_holds_are_work_done():
-    m, n = worker("m", M), worker("n", M, queue=40)
+    m, n = worker("m", M), worker("n", M, queue=50)
     assert chosen([m, n], Demand(100, 50, cached={n: 90})) == ("n",)
     assert chosen([m, n], Demand(100, 50, cached={n: 10})) == ("m",)
 
