@@ -111,11 +111,6 @@ class Worker:
         """Nothing that was sent here is still counted."""
         return not (self.queued or self.outstanding or self.running or self.limited)
 
-    @property
-    def jobs(self) -> int:
-        """Prompts that were sent here and are not computed."""
-        return sum([work.jobs for work in self.queued.values()]) if self.queued else 0
-
     def prompt_s(self, tokens: int, attended: int) -> float:
         """Seconds that so many prompt tokens take, in pieces, beside the sequences that run."""
         running = self.running + self.others_running

@@ -58,16 +58,6 @@ def slowing(share: float, stall: float) -> float:
     return (1 - share) / (1 - min(MOST_MIXED, share + stall / MIXING_S))
 
 
-def behind_s(jobs: int, own: float, room: float) -> float:
-    """By how much a prompt of so many seconds keeps those waiting, in all, who come behind it.
-
-    As many come while it waits as wait now (Little, 1961), and each waits for this prompt too; or,
-    where they wait for a place, for one turn of the `room` seconds that as many turns take.
-    """
-    queue = jobs * own
-    return room if room > queue else queue
-
-
 def crowding(
     held: float, need: float, kv_tokens: float, running: float, more: float, places: float
 ) -> float:
@@ -108,9 +98,11 @@ def risk(share: float) -> float:
 
 def queued(share: float, behind: float) -> float:
     """How many will be late: one that is predicted to take this share of its limit, and of those
-    who come while it waits, whom it makes wait for so much longer in all, as a share of theirs.
+    who come while it waits, whom it keeps waiting for `behind`, a share too, in all.
 
-    What a queue costs is its length times the risk of who joins it; this is the slope of that.
+    As many come as wait now (Little, 1961), and each waits for this prompt as well; where they wait
+    for places, for one turn of as many. What a queue costs is its length times the risk of who
+    joins it; this is the slope of that.
     """
     late = risk(share)
     return late + behind * late * (1 - late) / ERROR
@@ -125,7 +117,7 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
 
 
 def weight(ttft: float, tpot: float, behind: float) -> float:
-    """Of a route where there are no limits, in seconds; `behind`: of those who come after it."""
+    """Of a route where there are no limits, in seconds; `behind`: see `queued`."""
     return ttft + behind + PACE_TOKENS * tpot
 
 

@@ -73,6 +73,7 @@ class Prompted(NamedTuple):
     ttft: float
     wait: float  # of it, what goes by before the prompt begins
     own: float  # of it, what the prompt itself takes
+    behind: float  # seconds that it keeps those waiting, in all, who will come behind it
     stall: float  # how long it holds up those who decode there
     toll: float  # of these
     cost: float
@@ -138,12 +139,8 @@ class Pricer:
             toll = predict.made_late(count, output.used, stall * count, worker.allowed)
         price = self._price(worker) * (tokens * worker.token_s + attention)
         own = worker.prompt_s(tokens, attended)
-        return Prompted(worker, wait + own, wait, own, stall, toll, price)
-
-    def sent(self, prompt: Prompted) -> float:
-        """The toll of a prompt that is decoded elsewhere, as far as it is known without that."""
-        behind = predict.behind_s(prompt.worker.jobs, prompt.own, 0.0)
-        return prompt.toll + self.toll(prompt.ttft, 0.0, behind)
+        behind = own * sum([work.jobs for work in worker.queued.values()])
+        return Prompted(worker, wait + own, wait, own, behind, stall, toll, price)
 
     # The queue of prompts goes by while there comes room: of the two waits the longer counts.
 
@@ -151,7 +148,7 @@ class Pricer:
         """Both on one worker, which holds up everybody there while it computes the prompt."""
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         worker, cost, wait = prompt.worker, prompt.cost + output.cost, prompt.wait + room
-        behind = predict.behind_s(prompt.worker.jobs, prompt.own, output.room)
+        behind = output.room if output.room > prompt.behind else prompt.behind
         ttft, tpot = prompt.ttft + room, output.tpot
         if worker.role is Role.DECODE:
             # What slows it down are prompts like this one: without its own share, a decode worker
@@ -171,7 +168,7 @@ class Pricer:
             exposed = predict.hidden_s(exposed, moving, prompt.own)
         room = output.room - prompt.wait if output.room > prompt.wait else 0.0
         wait = prompt.wait + room
-        behind = predict.behind_s(prompt.worker.jobs, prompt.own, output.room)
+        behind = output.room if output.room > prompt.behind else prompt.behind
         ttft = prompt.ttft + room + STEPS_TO_GRANT * output.step
         tpot = predict.handed_tpot_s(output.tpot, exposed, self._each, output.step)
         link = LINK_WORK * moving * (self._price(prefill) + self._price(decode))

@@ -120,7 +120,7 @@ def priced(demand: Demand, lanes: Lanes, now: float, draw: Callable[[], float]) 
     if lanes.prefill:
         senders = [prompts.get(worker) or pricer.prompted(worker, None) for worker in lanes.prefill]
         receivers = _best(outputs, key=lambda end: end.toll + pricer.toll(0.0, end.tpot, 0.0))
-        senders = _best(senders, key=pricer.sent)
+        senders = _best(senders, key=lambda end: end.toll + pricer.toll(end.ttft, 0.0, end.behind))
         prices += [
             pricer.split(prompt, output)
             for prompt in senders

@@ -268,8 +268,9 @@ def _prompted(book: Book, ask: Request) -> None:
 
 
 def _behind(book: Book, room: float) -> float:
-    """Of the prompt there: see `predict.behind_s`."""
-    return predict.behind_s(len(book.lane.queue), book.ttft - book.wait, room)
+    """Seconds that the prompt there keeps those waiting who will come behind it."""
+    queue = len(book.lane.queue) * (book.ttft - book.wait)
+    return room if room > queue else queue
 
 
 def _best(receivers: list[Book]) -> list[Book]:
