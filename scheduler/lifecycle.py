@@ -178,6 +178,22 @@ class Generation:
         self._prompt_ids = prompt_ids
         return [Started(len(prompt_ids))]
 
+    def follows(self, output: Output) -> bool:
+        """Nearly all outputs are what their choice waits for, and end nothing: taken, deliver it.
+
+        False: it is for `output` to say what follows from it.
+        """
+        attempt = self.attempts.get(output.epoch)
+        if attempt is None or attempt.phase is not Phase.DECODING or output.finish is not None:
+            return False
+        ledger = self.ledgers.get(output.choice)
+        if ledger is None or ledger.early or output.position != len(ledger.emitted):
+            return False
+        if output.choice not in attempt.choices:
+            return False
+        ledger.take(output)
+        return True
+
     def output(self, output: Output) -> list[Instruction]:
         """A worker gives tokens. The first one of a split request may come after the second."""
         attempt = self.attempts.get(output.epoch)
@@ -186,9 +202,6 @@ class Generation:
         ledger = self.ledgers[output.choice]
         if attempt.phase is not Phase.DECODING:
             attempt.gave(output.position)
-        if output.finish is None and not ledger.early and output.position == len(ledger.emitted):
-            ledger.take(output)  # as nearly all are
-            return [Deliver(output)]
         ledger.early[output.position] = output
         instructions: list[Instruction] = []
         while (due := ledger.early.pop(len(ledger.emitted), None)) is not None:

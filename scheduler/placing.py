@@ -9,8 +9,10 @@ The live router and the simulator drive the same object: events in, with the tim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from scheduler.affinity import Chain, Prefixes
 from scheduler.forecast import Forecast

@@ -12,11 +12,13 @@ toll = with limits: how many requests the route is expected to make late, itself
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from scheduler import predict
 from scheduler.cost import context_sum
+from scheduler.fleet import Rank, Worker
 from scheduler.messages import Role
 from scheduler.predict import LINK_WORK, MARGIN, ROLE, SAFETY, SECOND, STEPS_TO_GRANT
 from scheduler.shares import MOST
@@ -24,12 +26,10 @@ from scheduler.shares import MOST
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from scheduler.fleet import Rank, Worker
     from scheduler.shares import Allowance
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True):
     """One prompt that wants a route. Seconds are those that are left when it is placed."""
 
     prompt_tokens: int
@@ -42,7 +42,7 @@ class Demand:
     split: bool = True  # may be computed on one worker and decoded on another
     avoid: frozenset[str] = frozenset()  # workers that failed it before
     number: int = 0  # of the request, for policies that take turns
-    cached: dict[Worker, int] = field(default_factory=dict)  # prompt tokens known to be there
+    cached: dict[Worker, int] = {}  # prompt tokens known to be there
 
     @property
     def limited(self) -> bool:

@@ -34,8 +34,7 @@ PAIRED = 3  # workers at each end of a hand-over that are priced in pairs
 Degraded = Literal["no_prefill", "no_decode"]
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """`worker` computes the prompt, and the rest too unless there is a `handoff`."""
 
     worker: str

@@ -21,7 +21,7 @@ import msgspec
 from scheduler.errors import ProtocolError, SetupError
 from scheduler.handshake import greet, introduce
 from scheduler.messages import HANDSHAKE, Anything, Refused, Wire
-from scheduler.vectored import Reader, advance, send_all
+from scheduler.vectored import Reader, advance, send_all, send_some
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -68,6 +68,8 @@ class Connection:
         self._sock = sock
         self._reader = Reader(sock)
         self._sending = asyncio.Lock()
+        self._posted: list[memoryview] = []
+        self._poster: asyncio.Task[None] | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Anything)
         self._buffer = memoryview(bytearray(_READ))
@@ -109,11 +111,37 @@ class Connection:
         """Send these frames, in order, in as few calls as the socket takes."""
         await self._send([part for message in messages for part in self._frame(message, 0)])
 
+    def post(self, message: Wire) -> None:
+        """Send one frame, in the order of posting. Never waits, never raises.
+
+        What the socket has no room for is kept here until it has, or until the connection is gone.
+        """
+        if self._closed:
+            return
+        self._posted += self._frame(message, 0)
+        if self._poster or self._sending.locked():
+            done = False
+        else:
+            try:
+                done = send_some(self._sock, self._posted)
+            except OSError:
+                self.close()
+                return
+        if not done and self._poster is None:
+            self._poster = asyncio.create_task(self._post())
+
+    async def _post(self) -> None:
+        try:
+            with suppress(ConnectionError):
+                await self._send(self._posted)
+        finally:
+            self._poster = None
+
     async def receive(self, limit: int = MAX_HEADER) -> tuple[Wire, int]:
         """The next message, and the bytes of payload to be taken by `receive_into`."""
         if self._payload:
             await self._skip()
-        prefix = await self._take(_PREFIX.size)
+        prefix = self._at_hand(_PREFIX.size) or await self._take(_PREFIX.size)
         magic, version, length, payload = _PREFIX.unpack(prefix)
         if magic != _MAGIC or version != self.version:
             raise ProtocolError(
@@ -121,7 +149,7 @@ class Connection:
             )
         if length > limit or payload > MAX_PAYLOAD:
             raise ProtocolError(f"{self.remote} sent a frame of {length} + {payload} bytes")
-        header = await self._take(length)
+        header = self._at_hand(length) or await self._take(length)
         self._payload = payload
         try:
             message: Wire = self._decoder.decode(header)
@@ -224,13 +252,20 @@ class Connection:
             rest = bytes(self._buffer[self._start : self._end])
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
-        while self._end - self._start < count:
+        while (taken := self._at_hand(count)) is None:
             self._end += await self._read([self._buffer[self._end :]])
-        self._start += count
-        taken = self._buffer[self._start - count : self._start]
-        if self._start == self._end:
-            self._start = self._end = 0
         return taken
+
+    def _at_hand(self, count: int) -> memoryview | None:
+        """The next `count` bytes, valid until the next receive, if they were read already."""
+        start, end = self._start, self._start + count
+        if end > self._end:
+            return None
+        if end == self._end:
+            self._start = self._end = 0
+        else:
+            self._start = end
+        return self._buffer[start:end]
 
     async def _skip(self) -> None:
         scrap = memoryview(bytearray(min(self._payload, _READ)))

@@ -12,14 +12,22 @@ _MOST = 512  # buffers that one call takes: half of what Linux allows
 
 
 async def send_all(sock: socket.socket, parts: list[memoryview]) -> None:
-    """Send byte views in order. The socket does not block; the list is used up."""
-    while parts:
-        try:
-            count = sock.sendmsg(parts[:_MOST])
-        except BlockingIOError:
-            await _writable(sock)
-        else:
-            advance(parts, count)
+    """Send byte views in order. The socket does not block; the list is used up.
+
+    What is added to it meanwhile is sent too.
+    """
+    while not send_some(sock, parts):
+        await _writable(sock)
+
+
+def send_some(sock: socket.socket, parts: list[memoryview]) -> bool:
+    """Send what the socket takes now; True: all of it. The rest stays in the list."""
+    try:
+        while parts:
+            advance(parts, sock.sendmsg(parts[:_MOST]))
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Reader:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import re
-import uuid
+import secrets
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 ID_HEADER = "X-Request-Id"
 _ID = re.compile(r"[\x20-\x7e]{1,128}")
+_process = secrets.token_hex(8)
+_numbers = itertools.count()
 _BACKLOG = 1024  # connections that wait to be accepted
 _KEEPALIVE_S = 75.0  # idle connections are closed after so long
 
@@ -102,7 +105,7 @@ async def serve(
 async def shield(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id, and every exception an answer."""
     sent = request.headers.get(ID_HEADER, "")
-    request[REQUEST_ID] = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
+    request[REQUEST_ID] = sent if _ID.fullmatch(sent) else f"{_process}{next(_numbers):016x}"
     try:
         return await handler(request)
     except web.HTTPException as error:

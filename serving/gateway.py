@@ -168,7 +168,7 @@ class Gateway:
         elif isinstance(message, AcceptedUnread):
             if live := self._live.get(message.id):
                 prompt_ids = PackedIds(bytes(message.prompt_ids))
-                self.placing.accepted(live.generation.job, live.standing, len(prompt_ids))
+                self.placing.accepted(live.standing, len(prompt_ids))
                 self._obey(live, live.generation.accepted(message.epoch, prompt_ids))
         elif isinstance(message, HandedOver):
             if live := self._live.get(message.id):
@@ -195,16 +195,15 @@ class Gateway:
             if placement.queued:
                 self._members.praise(worker)
             self.placing.output(live.generation.job, live.standing, placement, output)
-        instructions = live.generation.output(output)
-        if output.finish is None and len(instructions) == 1:  # the next token, as nearly always
+        if live.generation.follows(output):
             self._deliver(live, output)
         else:
-            self._obey(live, instructions)
+            self._obey(live, live.generation.output(output))
 
     def _handed_over(self, worker: str, live: Live, said: HandedOver) -> None:
         if placement := live.placements.get(said.epoch):
             self._members.praise(worker, placement.decode.name)
-            self.placing.handed_over(live.generation.job, placement, said)
+            self.placing.handed_over(live.standing, placement, said)
         self._obey(live, live.generation.handed_over(said.epoch, worker))
 
     def _blame(self, live: Live, worker: str, failure: Failed) -> None:
@@ -232,7 +231,7 @@ class Gateway:
                 self._end(live, instruction)
         if not live.placements.keys() <= live.generation.attempts.keys():
             for epoch in live.placements.keys() - live.generation.attempts.keys():
-                self.placing.end(live.generation.job, live.placements.pop(epoch))
+                self.placing.end(live.standing, live.placements.pop(epoch))
 
     def _deliver(self, live: Live, output: Output) -> None:
         if output.echo:

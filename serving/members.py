@@ -13,7 +13,6 @@ import ipaddress
 import logging
 import secrets
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,6 @@ class Member:
     record: Record
     load: Load | None = None
     progress: Progress = field(default_factory=Progress)
-    outbox: asyncio.Queue[Wire] = field(default_factory=asyncio.Queue)
 
 
 class Members:
@@ -130,7 +128,7 @@ class Members:
     def post(self, worker: str, message: Wire) -> None:
         """Send in order, without waiting. A worker that is gone needs no message."""
         if member := self._members.get(worker):
-            member.outbox.put_nowait(message)
+            member.connection.post(message)
 
     async def changed(self) -> None:
         """Wait until a worker joins."""
@@ -155,7 +153,7 @@ class Members:
         allowance = self._plan.allowance(join) if self._plan else None
         worker = _worker(join, record, allowance)
         member = Member(join, worker, connection, since=time.time(), record=record)
-        helpers = [asyncio.create_task(self._write(member))]
+        watch: asyncio.Task[None] | None = None
         try:
             await connection.send(Joined(HEARTBEAT_S, self.router))
             if old := self._members.get(join.name):
@@ -168,11 +166,11 @@ class Members:
                 logger.warning("worker %s: %s", join.name, said)
             async with self._changed:
                 self._changed.notify_all()
-            helpers.append(asyncio.create_task(self._watch(member)))
+            watch = asyncio.create_task(self._watch(member))
             await self._read(member)
         finally:
-            for helper in helpers:
-                helper.cancel()
+            if watch:
+                watch.cancel()
             self._remove(member)
 
     async def _name_taken(self, join: Join) -> str | None:
@@ -219,14 +217,6 @@ class Members:
         if still > max(STUCK_S, STUCK_STEPS * worker.token_s * worker.step_tokens):
             logger.warning("worker %s has taken no step for %.0f s", member.join.name, still)
             self._remove(member)
-
-    async def _write(self, member: Member) -> None:
-        with suppress(ConnectionError):
-            while True:
-                words = [await member.outbox.get()]
-                while not member.outbox.empty():
-                    words.append(member.outbox.get_nowait())
-                await member.connection.send_all(words)
 
     async def _watch(self, member: Member) -> None:
         """Bytes are signs of life: a long message on a slow link is one."""

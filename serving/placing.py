@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scheduler.affinity import Chain, chain_of
@@ -48,6 +48,8 @@ class Standing:
     priority: int
     key: str
     arrived: float
+    placer: Placer
+    fair: FairShare
     share: int = 0  # how far its key is ahead of the others
     first: float | None = None  # when its first token came
     prompt_tokens: int = 0  # once they are known
@@ -77,6 +79,7 @@ class Placing:
     def enter(self, job: Job, wish: Wish) -> Standing:
         """A request comes; it `leave`s once."""
         model, options, asked = job.model, self._options, wish.limits
+        fair = self._shares.setdefault(model, FairShare())
         standing = Standing(
             chain=_chain(job),
             ttft_s=asked.ttft_s or _default(options.ttft_s, model),
@@ -84,18 +87,19 @@ class Placing:
             priority=wish.priority,
             key=wish.key,
             arrived=self._clock(),
+            placer=self._placer(model),
+            fair=fair,
             prompt_tokens=len(job.prompt.ids or ()),
         )
-        share = self._shares.setdefault(model, FairShare())
-        standing.share = share.enter(standing.key, self._prompt_tokens(job, standing))
+        standing.share = fair.enter(standing.key, _prompt_tokens(standing))
         return standing
 
     def leave(self, job: Job, standing: Standing, finished: Iterable[int]) -> None:
         """It has ended; its choices that were finished have so many tokens each."""
-        self._shares[job.model].leave(standing.key)
+        standing.fair.leave(standing.key)
         if job.prefill_only:
             return
-        forecast, now = self._placer(job.model).forecast, self._clock()
+        forecast, now = standing.placer.forecast, self._clock()
         for tokens in finished:
             forecast.learn_end(standing.prompt_tokens, tokens)
             late = standing.first is not None and tokens > 1
@@ -104,9 +108,9 @@ class Placing:
 
     def place(self, place: Place, standing: Standing) -> tuple[Placement, Route]:
         """A route for an attempt, and its load on the workers until `end`. Raises Unavailable."""
-        job, placer, now = place.job, self._placer(place.job.model), self._clock()
+        job, placer, now = place.job, standing.placer, self._clock()
         self._number += 1
-        tokens = self._prompt_tokens(job, standing) + len(job.emitted)
+        tokens = _prompt_tokens(standing) + len(job.emitted)
         output = placer.forecast.output_tokens(tokens)
         # A replay's client has its first token already, and is not sent away.
         again = standing.first is not None
@@ -128,46 +132,41 @@ class Placing:
         route = self._members.route(placement.prefill.name, placement.decode.name)
         if left == math.inf:  # due in the order of arrival, wherever it is replayed
             left = MAX_WAIT_S - (now - standing.arrived)
-        return placement, replace(route, turn=Turn(standing.priority, standing.share, left))
+        return placement, route._replace(turn=Turn(standing.priority, standing.share, left))
 
     def output(self, job: Job, standing: Standing, placement: Placement, output: Output) -> None:
         """An attempt gives tokens."""
-        placer = self._placer(job.model)
-        self._shares[job.model].serve(standing.key, len(output.ids))
-        grown = output.position + len(output.ids)
-        placer.forecast.learn_growth(standing.prompt_tokens, output.position, grown)
+        tokens = len(output.ids)
+        standing.fair.serve(standing.key, tokens)
+        before, forecast = output.position, standing.placer.forecast
+        forecast.learn_growth(standing.prompt_tokens, before, before + tokens)
+        if not placement.queued:
+            standing.placer.emitted(placement, tokens)
+            return
+        now = self._clock()
         if standing.first is None:
-            standing.first = self._clock()
-            self.violations["ttft"] += standing.first - standing.arrived > standing.ttft_s
-        if placement.queued:
-            self.beliefs.first(placement, self._clock())
-            fresh = not output.position and output.choice == job.choices[0]
-            placer.first(placement, self._clock(), output.cached if fresh else None)
-        else:
-            placer.emitted(placement, len(output.ids))
+            standing.first = now
+            self.violations["ttft"] += now - standing.arrived > standing.ttft_s
+        self.beliefs.first(placement, now)
+        fresh = not output.position and output.choice == job.choices[0]
+        standing.placer.first(placement, now, output.cached if fresh else None)
 
-    def handed_over(self, job: Job, placement: Placement, said: HandedOver) -> None:
+    def handed_over(self, standing: Standing, placement: Placement, said: HandedOver) -> None:
         """The KV cache has arrived."""
-        placer = self._placer(job.model)
-        placer.arrived(placement, self._clock(), said.kv_bytes, said.link_s)
+        standing.placer.arrived(placement, self._clock(), said.kv_bytes, said.link_s)
 
-    def end(self, job: Job, placement: Placement) -> None:
+    def end(self, standing: Standing, placement: Placement) -> None:
         """The attempt is over."""
         now = self._clock()
         self.beliefs.end(placement, now)
-        self._placer(job.model).end(placement, now)
+        standing.placer.end(placement, now)
         self._members.ended(placement.prefill.name, placement.decode.name)
 
-    def accepted(self, job: Job, standing: Standing, tokens: int) -> None:
+    def accepted(self, standing: Standing, tokens: int) -> None:
         """A worker tokenised the prompt."""
         if not standing.prompt_tokens:
             standing.prompt_tokens = tokens
-            self._placer(job.model).forecast.learn_prompt(standing.chain.size, tokens)
-
-    def _prompt_tokens(self, job: Job, standing: Standing) -> int:
-        return standing.prompt_tokens or self._placer(job.model).forecast.prompt_tokens(
-            standing.chain.size
-        )
+            standing.placer.forecast.learn_prompt(standing.chain.size, tokens)
 
     def _count(self, placement: Placement) -> None:
         if placement.chosen.degraded:
@@ -185,6 +184,12 @@ class Placing:
                 self._options.local,
             )
         return self._placers[model]
+
+
+def _prompt_tokens(standing: Standing) -> int:
+    """Known, or estimated from its characters."""
+    known = standing.prompt_tokens
+    return known or standing.placer.forecast.prompt_tokens(standing.chain.size)
 
 
 def _chain(job: Job) -> Chain:

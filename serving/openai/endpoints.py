@@ -137,24 +137,26 @@ class Endpoints:
 
 async def read_body(request: web.Request, limits: HttpLimits) -> bytes:
     """The whole body. Raises BadRequest if it is too large, too slow, or damaged."""
-    too_large = BadRequest(
-        f"The body must be at most {limits.body_bytes} bytes.", code="body_too_large", status=413
-    )
     if (request.content_length or 0) > limits.body_bytes:
-        raise too_large
+        raise _too_large(limits)
     try:
         if request.content.is_eof():  # it is here already
             return await request.read()
         async with asyncio.timeout(limits.body_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
+        raise _too_large(limits) from None
     except TimeoutError:
         message = f"The body did not arrive within {limits.body_s:g} s."
         raise BadRequest(message, code="body_too_slow", status=408) from None
     except (web.RequestPayloadError, HttpProcessingError) as error:
         message = f"The body is not encoded as its headers say: {error}."
         raise BadRequest(message, code="invalid_encoding") from None
+
+
+def _too_large(limits: HttpLimits) -> BadRequest:
+    message = f"The body must be at most {limits.body_bytes} bytes."
+    return BadRequest(message, code="body_too_large", status=413)
 
 
 def _accept(record: RequestRecord, call: Call, stream: Stream) -> None:

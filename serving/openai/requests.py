@@ -7,7 +7,7 @@ absent. Unknown fields are ignored, as the field's servers do.
 
 from __future__ import annotations
 
-import secrets
+import random
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
@@ -187,7 +187,7 @@ def _call(
 def _sampling(body: Body, logprobs: int | None) -> Sampling:
     return Sampling(
         # Drawn here, once, so that a replay draws the same noise.
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        seed=random.getrandbits(63) if body.seed is None else body.seed,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
         top_k=max(body.top_k or 0, 0),  # −1 is vLLM's word for off
