@@ -14,10 +14,10 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from scheduler.errors import BadRequest, SetupError, Unavailable
+from serving.direct import REQUEST_ID
 from serving.openai.embeddings import EmbeddingEndpoint
 from serving.openai.endpoints import Endpoints
 from serving.openai.errors import Failure, failure_of
-from serving.openai.events import REQUEST_ID
 from serving.openai.tokens import TokenEndpoints
 
 if TYPE_CHECKING:

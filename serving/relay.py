@@ -15,18 +15,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
-from aiohttp import web
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from scheduler.errors import Unavailable, WorkerLost
+from serving.direct import REQUEST_ID, Whole, fields_of
 from serving.endpoint import Endpoint
 from serving.metrics import CLIENT_LEFT
 from serving.openai.errors import failure_of, status_of
-from serving.openai.events import REQUEST_ID, ClientLeft, Events, Sweep
+from serving.openai.events import ClientLeft, Events, Sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from aiohttp import web
     from prometheus_client.core import Metric
 
     from serving.ask import Generator, ModelInfo
@@ -182,8 +183,8 @@ class Relay:
                 response: web.StreamResponse = events.response
             else:
                 whole = await answer.body()
-                headers = {k: v for k, v in answer.headers.items() if k not in _HOP}
-                response = web.Response(status=answer.status, body=whole, headers=headers)
+                fields = fields_of(pair for pair in answer.headers.items() if pair[0] not in _HOP)
+                response = Whole(request, whole, answer.status, fields)
                 record.code = answer.status
             endpoint.breaker.succeeded()
             return response
@@ -194,18 +195,17 @@ class Relay:
         """Pass events on; the request's code. Raises WorkerLost before the first byte."""
 
         def take(piece: bytes) -> bool:
+            if not events.begun:
+                events.begin()
             return events.add(piece, last=piece.endswith(b"[DONE]\n\n"))
 
         try:
             while not await answer.stream.pour(take):
-                if events.begun:
-                    upstream.pause()
-                else:
-                    await events.begin()
+                upstream.pause()
                 await events.drain()
                 upstream.resume()
             if not events.begun:
-                await events.begin()
+                events.begin()
             await events.end(b"")
         except ClientLeft:
             return CLIENT_LEFT

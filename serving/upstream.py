@@ -114,6 +114,8 @@ class Upstream(asyncio.Protocol):
             return False
         self._data = rest
         first, *lines = head.decode("latin-1").split("\r\n")
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            raise ValueError("a line of its head does not end as lines do")
         version, _, rest_of_first = first.partition(" ")
         if not version.startswith("HTTP/1."):
             raise ValueError(first[:80])

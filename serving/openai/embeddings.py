@@ -8,19 +8,20 @@ from array import array
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
-from aiohttp import web
 
 from scheduler.errors import BadRequest
 from scheduler.request import Limits, Sampling
 from serving.ask import Ask
+from serving.direct import REQUEST_ID, Whole
 from serving.metrics import OK
 from serving.openai import checks
 from serving.openai.endpoints import read_body
 from serving.openai.errors import status_of
-from serving.openai.events import REQUEST_ID
 from serving.openai.requests import TokenId, read_prompts
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from serving.ask import Delta, Generator
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
@@ -83,9 +84,7 @@ class EmbeddingEndpoint:
             record.code = OK
             return response
 
-    async def _answer(
-        self, request: web.Request, raw: bytes, record: RequestRecord
-    ) -> web.Response:
+    async def _answer(self, request: web.Request, raw: bytes, record: RequestRecord) -> Whole:
         created = time.time()
         body = checks.decode(raw, _DECODER)
         ask = _ask(body, f"embd-{request[REQUEST_ID]}", created, self._limits)
@@ -107,7 +106,7 @@ class EmbeddingEndpoint:
         data = [Embedding(index, vectors[index]) for index in sorted(vectors)]
         usage = EmbeddingUsage(record.prompt_tokens, record.prompt_tokens)
         answer = msgspec.json.encode(Embeddings(data, ask.model, usage))
-        return web.Response(body=answer, content_type="application/json")
+        return Whole(request, answer)
 
 
 def _ask(body: EmbeddingBody, ask_id: str, created: float, limits: HttpLimits) -> Ask:

@@ -16,10 +16,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import structs
 
 from scheduler.errors import BadRequest
+from serving.direct import REQUEST_ID, Whole
 from serving.metrics import CLIENT_LEFT, OK
 from serving.openai import requests
 from serving.openai.errors import failure_of, status_of
-from serving.openai.events import REQUEST_ID, ClientLeft, Events, Sweep
+from serving.openai.events import ClientLeft, Events, Sweep
 from serving.openai.replies import DONE, ChatReply, Collected, CompletionReply, PromptDetails, Usage
 from serving.wish import read_wish
 
@@ -90,9 +91,11 @@ class Endpoints:
             events = Events(request, self._sweep, self._limits.stall_s)
             await self._stream(call, reply, events, record)
             return events.response
-        return await self._whole(call, reply, record)
+        return await self._whole(request, call, reply, record)
 
-    async def _whole(self, call: Call, reply: Reply, record: RequestRecord) -> web.Response:
+    async def _whole(
+        self, request: web.Request, call: Call, reply: Reply, record: RequestRecord
+    ) -> Whole:
         collected = Collected()
 
         def take(delta: Delta) -> bool:
@@ -105,7 +108,7 @@ class Endpoints:
             await stream.pour(take)
         body = reply.body(collected.choices(), _usage(record))
         record.code = OK
-        return web.Response(body=body, content_type="application/json")
+        return Whole(request, body)
 
     async def _stream(
         self, call: Call, reply: Reply, events: Events, record: RequestRecord
@@ -117,7 +120,7 @@ class Endpoints:
         try:
             async with self._generator.open(call.ask) as stream:
                 _accept(record, call, stream)
-                await events.begin()
+                events.begin()
                 while not await stream.pour(take):
                     await events.drain()
             usage = reply.usage_chunk(_usage(record)) if call.include_usage else b""

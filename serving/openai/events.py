@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11
+
+from serving.direct import REQUEST_ID, Written
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from aiohttp import web
 
-# Set on every request before a handler sees it.
-REQUEST_ID = web.RequestKey("request_id", str)
-
-_SSE_HEADERS = {
-    "Content-Type": "text/event-stream",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would hold events back
-}
+# The last one: nginx would hold events back.
+_FIELDS = b"Content-Type: text/event-stream\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
+_CHUNKED = b"Transfer-Encoding: chunked\r\n"
 APART_S = 0.004  # between two packets of one stream: none of its readers reads faster
 _PACKET_MOST = 1 << 14  # bytes
 
@@ -47,41 +43,33 @@ class Sweep:
             events.write()
 
 
-class Head(web.StreamResponse):
-    """Its headers leave with the first bytes of the body."""
-
-    _send_headers_immediately = False
-
-
 class Events:
     """One response of server-sent events. A slow client is waited for, `stall_s` at most.
 
-    Only the first, with the headers, and the last go through aiohttp: the others are many.
+    Its headers leave with the first event.
     """
 
     def __init__(self, request: web.Request, sweep: Sweep, stall_s: float) -> None:
-        self.response = Head(headers=_SSE_HEADERS)
-        if request.version >= HttpVersion11:
-            self.response.enable_chunked_encoding()
+        self._chunked = request.version >= HttpVersion11
+        self.response = Written(request, 200, framed=self._chunked)
         self.begun = False
         self._request = request
         self._sweep = sweep
         self._stall_s = stall_s
         self._clock = asyncio.get_running_loop().time
+        self._head = b""
         self._waiting = b""
         self._swept = False  # in the next sweep
-        self._first = True
         self._wrote = 0.0  # when the latest packet left
 
     @property
     def request_id(self) -> str:
         return self._request[REQUEST_ID]
 
-    async def begin(self) -> None:
-        """From here on an error is an event. Raises ClientLeft."""
+    def begin(self) -> None:
+        """From here on an error is an event."""
         self.begun = True
-        async with self._patience():
-            await self.response.prepare(self._request)
+        self._head = self.response.head(_FIELDS + _CHUNKED if self._chunked else _FIELDS)
 
     def add(self, event: bytes, *, last: bool) -> bool:
         """Send an event soon; the `last` one of a choice leaves with what follows it.
@@ -91,7 +79,7 @@ class Events:
         self._waiting += event
         if last or (self._swept and len(self._waiting) < _PACKET_MOST):
             return True
-        if self._first or self._swept or self._request.protocol.writing_paused:
+        if self._swept or self._request.protocol.writing_paused:
             return False
         if self._clock() - self._wrote >= APART_S:
             self.write()
@@ -100,24 +88,26 @@ class Events:
             self._sweep.add(self)
         return True
 
-    def write(self) -> None:
-        """What waits, in one packet, without waiting for room."""
-        events, transport = self._take(), self._request.transport
-        if events and transport is not None and not transport.is_closing():
-            chunk = b"%x\r\n%b\r\n" % (len(events), events)
-            transport.write(chunk if self.response.chunked else events)
+    def write(self, end: bytes = b"") -> None:
+        """What waits, and `end`, in one packet, without waiting for room."""
+        events = self._take()
+        if self._chunked and events:
+            events = b"%x\r\n%b\r\n" % (len(events), events)
+        packet, transport = self._head + events + end, self._request.transport
+        if packet and transport is not None and not transport.is_closing():
+            self._head = b""
+            transport.write(packet)
 
     async def drain(self) -> None:
         """Returns when the client's socket has room for more. Raises ClientLeft."""
-        self._first = False
-        async with self._patience():
-            await self.response.write(self._take())
-            await self._request.writer.drain()
+        self.write()
+        await self._room()
 
     async def end(self, event: bytes) -> None:
         """Nothing follows this one. Raises ClientLeft."""
-        async with self._patience():
-            await self.response.write_eof(self._take() + event)
+        self._waiting += event
+        self.write(b"0\r\n\r\n" if self._chunked else b"")
+        await self._room()
 
     def close(self) -> None:
         """Write no more."""
@@ -128,11 +118,16 @@ class Events:
         events, self._waiting = self._waiting, b""
         return events
 
-    @asynccontextmanager
-    async def _patience(self) -> AsyncIterator[None]:
+    async def _room(self) -> None:
+        """Wait until what was written has nearly left. Raises ClientLeft."""
+        transport = self._request.transport
+        if transport is None or transport.is_closing():
+            raise ClientLeft
+        if not self._request.protocol.writing_paused:
+            return
         try:
             async with asyncio.timeout(self._stall_s):
-                yield
+                await self._request.writer.drain()
         except ConnectionError:
             raise ClientLeft from None
         except TimeoutError:
