@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import HistogramMetricFamily
+
+from serving.metrics import Tally
 
 if TYPE_CHECKING:
     from scheduler.placing import Placement
@@ -14,24 +15,12 @@ BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 FEW = 8  # tokens of a choice after its first, below which its pace is chance
 
 
-class Tally:
-    """A histogram of ratios."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
-
-    def add(self, ratio: float) -> None:
-        self.counts[bisect_left(BUCKETS, ratio)] += 1
-        self.sum += ratio
-
-
 class Beliefs:
     """Of attempts that a policy with predictions has placed: TTFT, and TPOT of those that began."""
 
     def __init__(self) -> None:
-        self.ttft = Tally()
-        self.tpot = Tally()
+        self.ttft = Tally(BUCKETS)
+        self.tpot = Tally(BUCKETS)
 
     def first(self, placement: Placement, now: float) -> None:
         """Its first token is here, whatever it was placed for."""
@@ -51,10 +40,6 @@ class Beliefs:
             "What a route took, as a multiple of what was predicted when it was chosen.",
             labels=("what",),
         )
-        for what, tally in (("ttft", self.ttft), ("tpot", self.tpot)):
-            total, buckets = 0, []
-            for bound, count in zip((*BUCKETS, "+Inf"), tally.counts, strict=True):
-                total += count
-                buckets.append((str(bound), total))
-            found.add_metric((what,), buckets, tally.sum)
+        self.ttft.show(found, "ttft")
+        self.tpot.show(found, "tpot")
         return found

@@ -1,22 +1,27 @@
 """What the router tells Prometheus of the requests that it serves.
 
-A request counts into its own record; the record reaches the registry once, when the request ends.
+A request counts into its own record; the record is added to its model's numbers when it ends.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from serving.ask import Delta
+    from prometheus_client.core import Metric
 
-Metric = TypeVar("Metric", Counter, Histogram)
+    from serving.ask import Delta
 
 # The label of a model that nobody serves: clients must not make new time series by asking.
 UNKNOWN_MODEL = "unknown"
@@ -25,6 +30,24 @@ CLIENT_LEFT = 499  # nginx's code for a client that closed before its answer was
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_HISTOGRAMS = (  # field of Served, name, help
+    (
+        "duration",
+        "request_duration",
+        "From arrival to the last byte handed to the socket, of requests served in full.",
+    ),
+    ("ttft", "request_ttft", "From arrival to the first token."),
+    ("tpot", "request_tpot", "Mean time between two tokens of one choice."),
+)
+_COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Tokens of accepted prompts."),
+    (
+        "cached_tokens",
+        "prompt_tokens_cached",
+        "Tokens of accepted prompts that were found in the prefix cache.",
+    ),
+    ("generation_tokens", "generation_tokens", "Tokens generated."),
+)
 
 
 class RequestRecord:
@@ -67,93 +90,94 @@ class RequestRecord:
         return (self._last - self._first) / (self.completion_tokens / self.choices - 1)
 
 
+class Tally:
+    """A histogram of numbers."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+        self._bounds = bounds
+
+    def add(self, number: float) -> None:
+        self.counts[bisect_left(self._bounds, number)] += 1
+        self.sum += number
+
+    def show(self, family: HistogramMetricFamily, label: str) -> None:
+        """Add it to a metric of one label."""
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        family.add_metric(
+            (label,), list(zip(names, accumulate(self.counts), strict=True)), self.sum
+        )
+
+
+class Served:
+    """The requests of one model that have ended."""
+
+    def __init__(self) -> None:
+        self.codes: Counter[int] = Counter()
+        self.prompt_tokens = self.cached_tokens = self.generation_tokens = 0
+        self.duration, self.ttft = Tally(_SECONDS), Tally(_SECONDS)
+        self.tpot = Tally(_TOKEN_SECONDS)
+
+    def add(self, record: RequestRecord) -> None:
+        self.codes[record.code] += 1
+        self.prompt_tokens += record.prompt_tokens
+        self.cached_tokens += record.cached_tokens
+        self.generation_tokens += record.completion_tokens
+        if record.code == OK:
+            self.duration.add(record.age)
+        if (ttft := record.ttft) is not None:
+            self.ttft.add(ttft)
+        if (tpot := record.tpot) is not None:
+            self.tpot.add(tpot)
+
+
 class Metrics:
-    """The router's own registry: nothing is global, and others may register collectors in it."""
+    """The router's own registry: nothing is global, and others may register collectors in it.
+
+    Requests are counted in plain numbers, which Prometheus' classes are made of when it asks: its
+    locks and label look-ups for each request cost as much as routing it.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "motley_requests_total",
-            "Requests by the code they ended with; 499: the client left.",
-            ("model", "code"),
-            registry=registry,
-        )
-        self._in_flight = Gauge(
-            "motley_requests_in_flight", "Requests being served now.", registry=registry
-        )
-        self._duration = Histogram(
-            "motley_request_duration_seconds",
-            "From arrival to the last byte handed to the socket, of requests served in full.",
-            ("model",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._ttft = Histogram(
-            "motley_request_ttft_seconds",
-            "From arrival to the first token.",
-            ("model",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._tpot = Histogram(
-            "motley_request_tpot_seconds",
-            "Mean time between two tokens of one choice.",
-            ("model",),
-            buckets=_TOKEN_SECONDS,
-            registry=registry,
-        )
-        self._prompt_tokens = Counter(
-            "motley_prompt_tokens_total",
-            "Tokens of accepted prompts.",
-            ("model",),
-            registry=registry,
-        )
-        self._cached_tokens = Counter(
-            "motley_prompt_tokens_cached_total",
-            "Tokens of accepted prompts that were found in the prefix cache.",
-            ("model",),
-            registry=registry,
-        )
-        self._generation_tokens = Counter(
-            "motley_generation_tokens_total", "Tokens generated.", ("model",), registry=registry
-        )
+        self._in_flight = 0
+        self._served: defaultdict[str, Served] = defaultdict(Served)  # by model
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     @contextmanager
     def request(self) -> Iterator[RequestRecord]:
         """Counts one request, however it ends."""
         record = RequestRecord(self._clock)
-        self._in_flight.inc()
+        self._in_flight += 1
         try:
             yield record
         finally:
-            self._in_flight.dec()
-            self._export(record)
+            self._in_flight -= 1
+            self._served[record.model].add(record)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def _export(self, record: RequestRecord) -> None:
-        model = record.model
-        self._of(self._requests, model, str(record.code)).inc()
-        if record.code == OK:
-            self._of(self._duration, model).observe(record.age)
-        if (ttft := record.ttft) is not None:
-            self._of(self._ttft, model).observe(ttft)
-        if (tpot := record.tpot) is not None:
-            self._of(self._tpot, model).observe(tpot)
-        if record.prompt_tokens:
-            self._of(self._prompt_tokens, model).inc(record.prompt_tokens)
-            self._of(self._cached_tokens, model).inc(record.cached_tokens)
-        if record.completion_tokens:
-            self._of(self._generation_tokens, model).inc(record.completion_tokens)
-
-    def _of(self, metric: Metric, *labels: str) -> Metric:
-        """The time series of these labels: the client's own look-up costs much more."""
-        key = (metric, labels)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = metric.labels(*labels)
-        return series
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        said = "Requests being served now."
+        yield GaugeMetricFamily("motley_requests_in_flight", said, self._in_flight)
+        said = "Requests by the code they ended with; 499: the client left."
+        codes = CounterMetricFamily("motley_requests", said, labels=("model", "code"))
+        for model, served in self._served.items():
+            for code, count in served.codes.items():
+                codes.add_metric((model, str(code)), count)
+        yield codes
+        for field, name, said in _HISTOGRAMS:
+            histogram = HistogramMetricFamily(f"motley_{name}_seconds", said, labels=("model",))
+            for model, served in self._served.items():
+                getattr(served, field).show(histogram, model)
+            yield histogram
+        for field, name, said in _COUNTERS:
+            counter = CounterMetricFamily(f"motley_{name}", said, labels=("model",))
+            for model, served in self._served.items():
+                counter.add_metric((model,), getattr(served, field))
+            yield counter

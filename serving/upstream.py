@@ -116,14 +116,15 @@ class Upstream(asyncio.Protocol):
         first, *lines = head.decode("latin-1").split("\r\n")
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
             raise ValueError("a line of its head does not end as lines do")
-        version, _, rest_of_first = first.partition(" ")
-        if not version.startswith("HTTP/1."):
+        if not first.startswith("HTTP/1."):
             raise ValueError(first[:80])
-        status = int(rest_of_first[:3])
+        version, status = first[:8], int(first[9:12])
         if status < 200:  # 100 Continue and the like: the answer follows
             return self._head(answer)
-        pairs = (line.partition(":") for line in lines)
-        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
         self._chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
         bare = status in (204, 304)
         self._left = 0 if bare else int(headers.get("content-length", _UNTIL_CLOSE))

@@ -144,7 +144,10 @@ async def read_body(request: web.Request, limits: HttpLimits) -> bytes:
         raise _too_large(limits)
     try:
         if request.content.is_eof():  # it is here already
-            return await request.read()
+            body = request.content.read_nowait()
+            if len(body) > limits.body_bytes:
+                raise _too_large(limits)
+            return body
         async with asyncio.timeout(limits.body_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:

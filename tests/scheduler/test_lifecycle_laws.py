@@ -203,6 +203,8 @@ class World(RuleBasedStateMachine):
             case Failed():
                 return generation.failed(name, message)
             case Output(epoch=epoch):
+                if generation.follows(message):
+                    return [Deliver(message)]
                 before = set(generation.attempts)
                 instructions = generation.output(message)
                 for done in before - set(generation.attempts):

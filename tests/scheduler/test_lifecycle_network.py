@@ -346,7 +346,7 @@ class Router:
         if isinstance(word, Accepted):
             said = generation.accepted(word.epoch, word.prompt_ids)
         elif isinstance(word, Output):
-            said = generation.output(word)
+            said = [Deliver(word)] if generation.follows(word) else generation.output(word)
         elif isinstance(word, HandedOver):
             said = generation.handed_over(word.epoch, name)
         else:
