@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # The last one: nginx would hold events back.
 _FIELDS = b"Content-Type: text/event-stream\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
 _CHUNKED = b"Transfer-Encoding: chunked\r\n"
-APART_S = 0.004  # between two packets of one stream: none of its readers reads faster
+APART_S = 0.008  # between two packets of one stream: no screen shows more of them
 _PACKET_MOST = 1 << 14  # bytes
 
 

@@ -219,6 +219,37 @@ async def test_senders_at_once_do_not_mix_their_frames():
         await asyncio.gather(*senders)
 
 
+async def test_posted_words_arrive_in_order_though_nobody_listens_yet():
+    words = [Refused(f"{number} " + "x" * 300_000) for number in range(40)]
+    async with pair() as (left, right):
+        for word in words:
+            left.post(word)
+        assert [(await right.receive())[0] for _ in words] == words
+        left.post(Joined(1.0))
+        assert await right.expect(Joined) == Joined(1.0)
+
+
+async def test_a_word_posted_while_a_frame_is_sent_does_not_cut_it():
+    async with pair() as (left, right):
+        sending = asyncio.create_task(left.send(Reserved("a", 1), [bytes(16 << 20)]))
+        await right.receive()
+        left.post(Joined(1.0))
+        await right.receive_into([memoryview(bytearray(16 << 20))])
+        assert await right.expect(Joined) == Joined(1.0)
+        await sending
+
+
+async def test_what_is_posted_to_a_connection_that_ends_is_forgotten():
+    async with pair() as (left, right):
+        left.post(Refused("x" * (16 << 20)))
+        right.close()
+        left.post(Joined(1.0))
+        left.close()
+        left.post(Joined(2.0))
+        with pytest.raises(ConnectionError):
+            await left.receive()
+
+
 async def test_out_of_turn_and_refused_are_protocol_errors():
     async with pair() as (left, right):
         await left.send(Joined(1.0))

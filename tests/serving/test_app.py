@@ -558,6 +558,46 @@ async def send(edge, body):
     return reader, writer
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("version", "sent", "said", "stays"),
+    [
+        ("1.1", "", "", True),
+        ("1.1", "close", "close", False),
+        ("1.0", "", "", False),
+        ("1.0", "keep-alive", "keep-alive", True),
+    ],
+)
+async def test_a_connection_stays_where_both_ends_can_tell(
+    edge, version, sent, said, stays, stream
+):
+    data = json.dumps(CHAT | {"stream": stream}).encode()
+    head = f"POST {CHAT_PATH} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+    head += f"Connection: {sent}\r\n\r\n" if sent else "\r\n"
+    reader, writer = await asyncio.open_connection(*edge.address)
+    writer.write(head.encode() + data)
+    endless = stream and version == "1.0"  # only its connection's end ends it
+    async with asyncio.timeout(SOON):
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines[1:] if line)
+        assert lines[0] == f"HTTP/{version} 200 OK"
+        assert headers.get("Connection", "") == ("" if endless else said)
+        assert {"X-Request-Id", "Date", "Content-Type"} <= headers.keys()
+        if "Content-Length" in headers:
+            await reader.readexactly(int(headers["Content-Length"]))
+        elif endless:
+            assert (await reader.read()).endswith(b"data: [DONE]\n\n")
+        else:
+            assert headers["Transfer-Encoding"] == "chunked"
+            await reader.readuntil(LAST_CHUNK)
+        if stays and not endless:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        else:
+            assert await reader.read() == b""
+    writer.close()
+
+
 # ── the process ─────────────────────────────────────────────────────────────────────────────────
 
 

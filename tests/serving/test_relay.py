@@ -222,8 +222,9 @@ async def test_connections_are_used_again_and_one_that_went_stale_costs_nobody(r
         [whole(b"{}", b"503 Service Unavailable")],
         [b"SSH-2.0-OpenSSH\r\n\r\n"],
         [HEAD, b"zz\r\n"],
+        [b"HTTP/1.1 200 OK\r\nX-A: a\nX-B: b\r\nContent-Length: 0\r\n\r\n"],
     ],
-    ids=["no word", "head only", "half a body", "503", "no HTTP", "no chunk"],
+    ids=["no word", "head only", "half a body", "503", "no HTTP", "no chunk", "a line in a line"],
 )
 async def test_before_the_first_byte_another_endpoint_is_asked(relayed, says):
     async with relayed(2) as (front, made):
