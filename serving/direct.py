@@ -67,13 +67,18 @@ class Whole(Written):
         self._fields = b"Content-Type: application/json\r\n" if fields is None else fields
 
     async def prepare(self, request: BaseRequest) -> None:
-        """Raises ConnectionError if the client has left."""
+        """Returns when nearly all has left: a client that does not read gets no further answer.
+
+        Raises ConnectionError if the client has left.
+        """
         bare = self.status in _BARE
         length = b"" if bare else b"Content-Length: %d\r\n" % len(self._bytes)
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
         transport.write(self.head(self._fields + length) + (b"" if bare else self._bytes))
+        if request.protocol.writing_paused:
+            await request.writer.drain()
 
 
 def fields_of(headers: Iterable[tuple[str, str]]) -> bytes:

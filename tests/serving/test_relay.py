@@ -118,8 +118,8 @@ async def servers(count):
 
 
 class Front:
-    def __init__(self, relay, metrics, http):
-        self.relay, self.metrics, self.http = relay, metrics, http
+    def __init__(self, relay, metrics, http, address):
+        self.relay, self.metrics, self.http, self.address = relay, metrics, http, address
 
     async def post(self, path="/v1/chat/completions", **fields):
         """Status, headers and bytes."""
@@ -144,7 +144,7 @@ async def router(*urls, until):
             aiohttp.ClientSession(f"http://{host}:{port}") as http,
         ):
             await until(lambda: all(each.models for each in relay.endpoints))
-            yield Front(relay, metrics, http)
+            yield Front(relay, metrics, http, (host, port))
     finally:
         watching.cancel()
         with suppress(asyncio.CancelledError):
@@ -271,6 +271,28 @@ async def test_the_fewest_in_flight_go_first_and_equals_take_turns(relayed):
         assert front.count("motley_endpoint_requests_in_flight", endpoint=made[0].url) == 3
         done.set()
         assert {(await ask)[0] for ask in asks} == {200}
+
+
+async def test_who_does_not_read_its_answer_is_not_given_the_next_one(relayed):
+    big, count = bytes(16 << 20), 3  # more than the sockets between take
+    async with relayed() as (front, (server,)):
+        server.says = [[whole(big)]]
+        body = json.dumps(CHAT).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        reader, writer = await asyncio.open_connection(*front.address)
+        writer.write((head % len(body) + body) * count)
+        (endpoint,) = front.relay.endpoints
+        async with asyncio.timeout(20):
+            while endpoint.in_flight or not server.bodies:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert len(server.bodies) == 1
+            for _ in range(count):
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+                assert await reader.readexactly(len(big)) == big
+        assert len(server.bodies) == count
+        writer.close()
 
 
 async def test_a_client_that_leaves_takes_its_request_along(relayed):
