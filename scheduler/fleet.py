@@ -67,12 +67,14 @@ class Worker:
     decoding: int = 0  # of these, whose prompt is computed, or will be before one that comes now
     outputs: float = 0.0  # tokens that these will give, as predicted
     left: float = 0.0  # tokens to come of those whose prompt is computed
-    # Of these, the choices that have a limit on TPOT: how many, the seconds that their limits
-    # allow in all, when they began (summed), and the tokens that they are still to give.
+    # Of those who decode, or will before it, the choices that have a limit on TPOT: how many, the
+    # seconds that their limits allow in all, and the tokens that they are still to give; and how
+    # many of these have begun, and when (summed).
     limited: int = 0
     allowed: float = 0.0
-    started: float = 0.0
     limited_left: float = 0.0
+    timed: int = 0
+    started: float = 0.0
     _order: tuple[float, str] = (0.0, "")
     _mixed: float = 0.0  # share of its recent time that went to prompts
     _mixed_at: float = 0.0
@@ -169,7 +171,7 @@ class Worker:
 
     def needed_s(self, tpot: float, now: float) -> float:
         """Of the seconds that limits allow in all: those that are gone, and those to come."""
-        return now * self.limited - self.started + self.limited_left * tpot
+        return now * self.timed - self.started + self.limited_left * tpot
 
     def room_s(self, tokens: float, choices: int, tpot: float) -> float:
         """Seconds until it has blocks for so many tokens more, and places for the choices.

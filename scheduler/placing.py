@@ -101,14 +101,10 @@ class Placer:
             decode.moving += placement.bytes
         decode.left += placement.left
         if placement.split:
-            decode.decoding += demand.choices
-            decode.outputs += placement.outputs
-        if demand.tpot_s < math.inf and not demand.prefill_only:
-            placement.limit = demand.tpot_s * placement.left
-            decode.limited += demand.choices
-            decode.allowed += placement.limit
+            self._decodes(placement)
+        if placement.limit:
+            decode.timed += demand.choices
             decode.started += now * demand.choices
-            decode.limited_left += placement.left
         if cached is not None and placement.chain.keys:
             units = cached * placement.chain.size / demand.prompt_tokens
             self.prefixes.forget(placement.chain, placement.prefill, math.ceil(units))
@@ -163,8 +159,10 @@ class Placer:
         if placement.limit:
             decode.limited -= demand.choices
             decode.allowed -= placement.limit
-            decode.started -= placement.began * demand.choices
             decode.limited_left -= placement.left
+            if not placement.queued:
+                decode.timed -= demand.choices
+                decode.started -= placement.began * demand.choices
         for worker in {placement.prefill, decode}:
             worker.outstanding -= demand.choices
         decode.running -= demand.choices
@@ -184,11 +182,22 @@ class Placer:
             worker.outstanding += demand.choices
             self.prefixes.add(placement.chain, worker)
         if prefill is decode:
-            decode.decoding += demand.choices
-            decode.outputs += placement.outputs
+            self._decodes(placement)
         decode.running += demand.choices
         decode.context += placement.context
         decode.held += placement.held
+
+    @staticmethod
+    def _decodes(placement: Placement) -> None:
+        """Its prompt is computed, or will be before one that is sent to its decode worker now."""
+        demand, decode = placement.demand, placement.decode
+        decode.decoding += demand.choices
+        decode.outputs += placement.outputs
+        if demand.tpot_s < math.inf and not demand.prefill_only:
+            placement.limit = demand.tpot_s * placement.left
+            decode.limited += demand.choices
+            decode.allowed += placement.limit
+            decode.limited_left += placement.left
 
 
 def _placement(demand: Demand, chosen: Chosen, chain: Chain, now: float) -> Placement:

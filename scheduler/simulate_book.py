@@ -88,12 +88,12 @@ class Book:
     held: float = 0.0
     mixed: float = 0.0
     mixed_at: float = 0.0
-    # Of those that have begun: how many, with the seconds that limits allow them, the sum of the
-    # times when they began; a heap of the steps by which each comes to something that is told; and
+    # Of those that have begun: how many, the tokens that they will give, and the sum of the times
+    # when they began; a heap of the steps by which each comes to something that is told; and
     # those that are not expected to have ended yet: how many, and the sum of the steps when they
     # are.
     begun: int = 0
-    allowed: float = 0.0
+    given: float = 0.0
     started: float = 0.0
     told: list[tuple[float, int]] = field(default_factory=list)
     expected: int = 0

@@ -93,7 +93,7 @@ class Market:
         if entry.split:
             book.decodes(1, entry.each)
         book.begun += 1
-        book.allowed += self._tpot * entry.each
+        book.given += entry.each
         book.started += at
         book.expected += 1
         book.ends_sum += entry.end
@@ -108,7 +108,7 @@ class Market:
         book.held -= entry.held
         book.decodes(-1, entry.each)
         book.begun -= 1
-        book.allowed -= self._tpot * entry.each
+        book.given -= entry.each
         book.started -= entry.began
         if entry.end > 0:
             book.expected -= 1
@@ -173,12 +173,13 @@ class Market:
         if not self._limited:
             own = book.kind.own / (1 - book.share)
             book.toll = predict.slowed(running, own)
-        elif book.begun:
+        elif book.decoding:
             gone = now * book.begun - book.started
+            left += book.outputs - book.given
             before = gone + left * book.step_s / (1 - book.share)
             book.used = gone + left * tpot
-            book.limits = book.allowed + self._tpot * (book.over * step - book.over_sum)
-            book.toll = predict.made_late(book.begun, before, book.used - before, book.limits)
+            book.limits = self._tpot * (book.outputs + book.over * step - book.over_sum)
+            book.toll = predict.made_late(book.decoding, before, book.used - before, book.limits)
 
     def _hear(self, book: Book, step: float) -> None:
         """What answers have come to by this step: a size that is counted, or their expected end."""
@@ -254,7 +255,8 @@ class Market:
         if not self._limited:
             weight = book.kind.stall if book.takes else ROLE * book.kind.stall
             return predict.held_up(book.decoding, book.outputs, weight)
-        return predict.made_late(book.begun, book.used, book.kind.stall * book.begun, book.limits)
+        more = book.kind.stall * book.decoding
+        return predict.made_late(book.decoding, book.used, more, book.limits)
 
 
 def _prompted(book: Book, ask: Request) -> None:

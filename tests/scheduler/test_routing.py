@@ -157,7 +157,7 @@ def test_without_limits_the_fewest_seconds_win(workers, route):
 
 def busy(name: str, role: Role, cost: CostModel = FAST, *, slack: float, running: int = 1, **load):
     """Decodes so many choices whose limits leave them this slack, each, at today's pace."""
-    made = worker(name, role, cost, running=running, limited=running, **load)
+    made = worker(name, role, cost, running=running, limited=running, timed=running, **load)
     made.started, made.limited_left, made.left = NOW * running, 10.0 * running, 10.0 * running
     pace = made.tpot_s(1, 0.0, NOW)
     made.allowed = running * (slack + 10.0 * pace)
