@@ -170,8 +170,17 @@ class Worker:
         return seconds
 
     def needed_s(self, tpot: float, now: float) -> float:
-        """Of the seconds that limits allow in all: those that are gone, and those to come."""
-        return now * self.timed - self.started + self.limited_left * tpot
+        """Of the seconds that limits allow in all: those that are gone, and those to come.
+
+        The prompts in its queue hold up whoever has begun, and of the others those ahead of them:
+        half, on the mean.
+        """
+        needed = now * self.timed - self.started + self.limited_left * tpot
+        if self.queued:
+            token, attend = self.cost.token, self.cost.attend
+            stall = sum([w.tokens * token + w.attended * attend for w in self.queued.values()])
+            needed += stall * (self.timed + self.limited) / 2
+        return needed
 
     def room_s(self, tokens: float, choices: int, tpot: float) -> float:
         """Seconds until it has blocks for so many tokens more, and places for the choices.

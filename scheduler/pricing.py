@@ -117,8 +117,8 @@ class Pricer:
         if not self._limited:
             toll = predict.slowed(worker.running, more / busy)
         elif worker.limited:
-            before = worker.needed_s(alone / busy, now)
             used = worker.needed_s(tpot, now)
+            before = used - worker.limited_left * more / busy
             toll = predict.made_late(worker.limited, before, used - before, worker.allowed)
         room = worker.room_s(self._need, choices, tpot) + worker.stalled_s(now)
         cost_s = self._price(worker) * self._tokens * own

@@ -174,7 +174,8 @@ class Market:
             own = book.kind.own / (1 - book.share)
             book.toll = predict.slowed(running, own)
         elif book.decoding:
-            gone = now * book.begun - book.started
+            gone = now * book.begun - book.started  # and what queued prompts take: see `Worker`
+            gone += lane.queued * book.spec.cost.token * (book.begun + book.decoding) / 2
             left += book.outputs - book.given
             before = gone + left * book.step_s / (1 - book.share)
             book.used = gone + left * tpot
