@@ -116,6 +116,15 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
     return sequences * (risk((used + more) / allowed) - risk(used / allowed)) if allowed else 0.0
 
 
+def met(tokens: float, tpot: float, limit: float, stall: float) -> float:
+    """How many of those who are handed over to a worker find a prompt there, and are late by it.
+
+    Prompts elsewhere take about as long: one of them comes while this one is computed, and waits
+    for half of it. Its answer is taken to be like this one's.
+    """
+    return made_late(1.0, tokens * tpot, stall / 2, tokens * limit)
+
+
 def weight(ttft: float, tpot: float, behind: float) -> float:
     """Of a route where there are no limits, in seconds; `behind`: see `queued`."""
     return ttft + behind + PACE_TOKENS * tpot

@@ -137,6 +137,8 @@ class Pricer:
         elif output and worker.limited:
             count = worker.limited
             toll = predict.made_late(count, output.used, stall * count, worker.allowed)
+        if output and self._limited and worker.running > worker.decoding:
+            toll += predict.met(self._each, output.tpot, self._demand.tpot_s, stall)
         price = self._price(worker) * (tokens * worker.token_s + attention)
         own = worker.prompt_s(tokens, attended)
         behind = own * sum([work.jobs for work in worker.queued.values()])

@@ -208,7 +208,9 @@ class Market:
             ttft, wait = ttft + book.room - wait, book.room
         if not book.takes:
             tpot *= predict.slowing(book.share, kind.stall)
-        toll = self._own_toll(ttft, tpot, _behind(book, book.room)) + self._stop(book) + book.toll
+        toll = (
+            self._own_toll(ttft, tpot, _behind(book, book.room)) + self._stop(book, ask) + book.toll
+        )
         return self._price(toll, kind.cost, wait)
 
     def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
@@ -228,7 +230,7 @@ class Market:
             step += receiver.cost.token * (queued if queued < most else most)
         tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each, step)
         toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot, _behind(prefill, decode.room))
-        toll += self._stop(prefill) + decode.toll
+        toll += self._stop(prefill, ask) + decode.toll
         if sender.role is receiver.role:
             toll *= MARGIN
         cost = 0
@@ -251,13 +253,16 @@ class Market:
         first = predict.queued(ttft / self._ttft, behind / self._ttft)
         return first + predict.risk(tpot / self._tpot) + SECOND * weight
 
-    def _stop(self, book: Book) -> float:
+    def _stop(self, book: Book, ask: Request) -> float:
         """The toll of those who run there while the prompt is computed."""
         if not self._limited:
             weight = book.kind.stall if book.takes else ROLE * book.kind.stall
             return predict.held_up(book.decoding, book.outputs, weight)
         more = book.kind.stall * book.decoding
-        return predict.made_late(book.decoding, book.used, more, book.limits)
+        toll = predict.made_late(book.decoding, book.used, more, book.limits)
+        if book.running > book.decoding:
+            toll += predict.met(ask.each, book.tpot, self._tpot, book.kind.stall)
+        return toll
 
 
 def _prompted(book: Book, ask: Request) -> None:

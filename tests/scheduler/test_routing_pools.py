@@ -77,7 +77,8 @@ def test_with_limits_more_are_in_time(pool, draws):
 
 SPLIT = {  # prompt, output tokens; requests a second; whether two workers are better than one
     "short prompts, long answers": (128, 256, 40, False),
-    "long prompts, short answers": (2048, 16, 8, False),
+    "short prompts, middling answers": (128, 64, 80, False),
+    "long prompts, short answers": (2048, 16, 10, True),
     "long prompts, answers with time for them": (2048, 64, 8, True),
 }
 
