@@ -7,7 +7,6 @@ ones still run. So what is learned is how many of the answers that come to 2^k t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 LEARN = 0.05  # weight of the newest request in a running average
@@ -26,7 +25,8 @@ class _Octave:
 
     def learn(self, *, went_on: bool) -> None:
         self.seen += 1
-        self.going_on += max(LEARN, 1 / self.seen) * (went_on - self.going_on)
+        weight = 1 / self.seen
+        self.going_on += (weight if weight > LEARN else LEARN) * (went_on - self.going_on)
 
     def learn_end(self, tokens: int) -> None:
         self.learn(went_on=False)
@@ -52,15 +52,13 @@ class _Outputs:
             self._mean = mean + there * (most + OUTPUT_TOKENS)
         return self._mean
 
-    def at(self, tokens: int) -> _Octave:
-        """To learn of answers that have so many."""
-        return self._at(_bin(tokens))
+    def grow(self, first: int, last: int) -> None:
+        """An answer of the first of these octaves has come to the last."""
+        for at in range(first, last):
+            self.at(at).learn(went_on=True)
 
-    def grow(self, before: int, now: int) -> None:
-        for at in range(_bin(before), _bin(now)):
-            self._at(at).learn(went_on=True)
-
-    def _at(self, at: int) -> _Octave:
+    def at(self, at: int) -> _Octave:
+        """An octave of tokens, to learn of it."""
         self._mean = None
         while len(self._octaves) <= at:
             self._octaves.append(_Octave())
@@ -92,22 +90,25 @@ class Forecast:
 
     def learn_growth(self, prompt_tokens: int, before: int, now: int) -> None:
         """An answer to such a prompt had so many tokens `before`, and has more `now`."""
-        if _bin(before) != _bin(now):
-            self._outputs.setdefault(_octave(prompt_tokens), _Outputs()).grow(before, now)
+        first, last = _bin(before), _bin(now)
+        if first < last:
+            self._of(prompt_tokens).grow(first, last)
 
     def learn_end(self, prompt_tokens: int, tokens: int) -> None:
         """One ended after so many tokens, as many as it had grown to."""
-        self._outputs.setdefault(_octave(prompt_tokens), _Outputs()).at(tokens).learn_end(tokens)
+        self._of(prompt_tokens).at(_bin(tokens)).learn_end(tokens)
 
-
-def next_size(tokens: int) -> int:
-    """To which an answer that has so many tokens must grow until it is counted again."""
-    return 1 << (SHORT + _bin(tokens))
+    def _of(self, prompt_tokens: int) -> _Outputs:
+        at = _octave(prompt_tokens)
+        if at not in self._outputs:
+            self._outputs[at] = _Outputs()
+        return self._outputs[at]
 
 
 def _octave(tokens: int) -> int:
-    return int(math.log2(max(tokens, 1)))
+    return tokens.bit_length() - 1 if tokens > 0 else 0
 
 
 def _bin(tokens: int) -> int:
-    return max(0, tokens.bit_length() - SHORT)
+    bits = tokens.bit_length()
+    return bits - SHORT if bits > SHORT else 0

@@ -7,7 +7,7 @@ asks a hundred times: comparisons stand where `max` and `min` would be calls.
 
 from __future__ import annotations
 
-import math
+from math import exp
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def queue_s(work: float, jobs: int, gone: float) -> float:
 
 def mixed(share: float, ago: float) -> float:
     """The share of a worker's time that goes to prompts, from what it was `ago`."""
-    now = share * math.exp(-ago / MIXING_S)
+    now = share * exp(-ago / MIXING_S)
     return now if now < MOST_MIXED else MOST_MIXED
 
 
@@ -64,8 +64,9 @@ def crowding(
     """The share of what runs that must end before there are blocks and places for more."""
     if held + need <= kv_tokens and running + more <= places:
         return 0.0
-    over = (held + need - kv_tokens) / max(held, 1.0)
-    return max(over, (running + more - places) / min(running, places))
+    over = (held + need - kv_tokens) / (held if held > 1 else 1.0)
+    outside = (running + more - places) / (running if running < places else places)
+    return over if over > outside else outside
 
 
 def turnover_s(left: float, outputs: float, begun: float, tpot: float) -> float:
@@ -74,7 +75,8 @@ def turnover_s(left: float, outputs: float, begun: float, tpot: float) -> float:
     Met at any moment they are half done, on the mean; long answers are met more often than they
     begin, so it is a prediction's whole length at least.
     """
-    return max(2 * left, outputs) / max(begun, 1) * tpot
+    whole = outputs if outputs > 2 * left else 2 * left
+    return whole / (begun if begun > 1 else 1) * tpot
 
 
 def handed_tpot_s(tpot: float, exposed: float, tokens: float, step: float) -> float:
@@ -93,7 +95,7 @@ def hidden_s(exposed: float, moving: float, computing: float) -> float:
 
 def risk(share: float) -> float:
     """The chance that what is predicted to take this share of its limit is late."""
-    return 1 / (1 + math.exp((1 - share) / ERROR))
+    return 1 / (1 + exp((1 - share) / ERROR))
 
 
 def queued(share: float, behind: float) -> float:
@@ -104,7 +106,7 @@ def queued(share: float, behind: float) -> float:
     for places, for one turn of as many. What a queue costs is its length times the risk of who
     joins it; this is the slope of that.
     """
-    late = risk(share)
+    late = 1 / (1 + exp((1 - share) / ERROR))  # its risk
     return late + behind * late * (1 - late) / ERROR
 
 
@@ -113,7 +115,10 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
 
     By now they need `used` of the seconds that their limits allow in all: a mean stands for each.
     """
-    return sequences * (risk((used + more) / allowed) - risk(used / allowed)) if allowed else 0.0
+    if not allowed:
+        return 0.0
+    before, after = (1 - used / allowed) / ERROR, (1 - (used + more) / allowed) / ERROR
+    return sequences * (1 / (1 + exp(after)) - 1 / (1 + exp(before)))
 
 
 def met(tokens: float, tpot: float, limit: float, stall: float) -> float:

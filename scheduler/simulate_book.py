@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scheduler import predict
-from scheduler.forecast import next_size
+from scheduler.forecast import SHORT
 from scheduler.messages import Role
 from scheduler.predict import SAFETY
 from scheduler.shares import Allowance, rounded
@@ -109,9 +109,9 @@ class Book:
     share: float = 0.0  # of the time that goes to prompts
     tpot: float = 0.0
     room: float = 0.0
-    used: float = 0.0  # see `pricing.Decoded`
+    before: float = 0.0  # seconds of the limits that those who run need without it
+    used: float = 0.0  # and with its output: see `pricing.Decoded`
     limits: float = 0.0  # seconds that they allow in all
-    toll: float = 0.0
 
     def decodes(self, choices: int, tokens: float) -> None:
         """So many more whose prompt is computed, or will be before one that comes now."""
@@ -139,10 +139,11 @@ class Entry:
     step: float = 0.0  # when it began
     end: float = 0.0  # the step by which it is expected to end; negative once that is over
     tokens: int = 1  # that the forecast was told of
+    size: int = 1 << SHORT  # of which it is told next
 
     def next(self) -> float:
         """The step by which it ends as expected, or comes to where the forecast counts it."""
-        grown = self.step + next_size(self.tokens) - 1
+        grown = self.step + self.size - 1
         return self.end if 0 < self.end < grown else grown
 
 

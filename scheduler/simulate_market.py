@@ -71,9 +71,12 @@ class Market:
             if price < best:
                 best, prefill, decode = price, book, book
         assert decode, "somebody decodes"
-        for book in _best(receivers) if sender else ():
-            if sender and sender is not book:
-                price = self._split(sender, book, ask)
+        if sender:
+            held_up = self._held_up(sender, ask, output=False, prompt=True)
+            for book in _best(receivers):
+                if book is sender:
+                    continue
+                price = self._split(sender, book, ask, held_up)
                 if price < best:
                     best, prefill, decode = price, sender, book
         if best[3] > MAX_WAIT_S or self._refused(best, receivers, ask):
@@ -152,35 +155,29 @@ class Market:
 
     def _decoded(self, book: Book, ask: Request) -> None:
         """The output there: its TPOT, room for it, and what those who run need of their limits."""
-        lane, now, running = book.lane, ask.now, book.running
+        lane, now, running, spec, step_s = book.lane, ask.now, book.running, book.spec, book.step_s
         book.share = predict.mixed(book.mixed, now - book.mixed_at)
-        book.tpot = tpot = (book.step_s + book.kind.own) / (1 - book.share)
-        step = lane.step + (now - lane.now) / book.step_s if now > lane.now else lane.step
+        busy = 1 - book.share
+        book.tpot = tpot = (step_s + book.kind.own) / busy
+        step = lane.step + (now - lane.now) / step_s if now > lane.now else lane.step
         if book.told and book.told[0][0] <= step:
             self._hear(book, step)
         left = book.ends_sum - step * book.expected
         if left < 0:
             left = 0.0
         book.room = 0.0
-        if running:
-            spec = book.spec
-            crowding = predict.crowding(
-                book.held, ask.need, spec.kv_tokens, running, 1, spec.max_sequences
-            )
-            if crowding:
-                book.room = crowding * predict.turnover_s(left, book.outputs, book.decoding, tpot)
-        book.toll = 0.0
-        if not self._limited:
-            own = book.kind.own / (1 - book.share)
-            book.toll = predict.slowed(running, own)
-        elif book.decoding:
+        held, places = book.held, spec.max_sequences
+        if running and (running >= places or held + ask.need > spec.kv_tokens):
+            crowding = predict.crowding(held, ask.need, spec.kv_tokens, running, 1, places)
+            book.room = crowding * predict.turnover_s(left, book.outputs, book.decoding, tpot)
+        if self._limited and book.decoding:
             gone = now * book.begun - book.started  # and what queued prompts take: see `Worker`
-            gone += lane.queued * book.spec.cost.token * (book.begun + book.decoding) / 2
+            if lane.queued:
+                gone += lane.queued * spec.cost.token * (book.begun + book.decoding) / 2
             left += book.outputs - book.given
-            before = gone + left * book.step_s / (1 - book.share)
+            book.before = gone + left * step_s / busy
             book.used = gone + left * tpot
             book.limits = self._tpot * (book.outputs + book.over * step - book.over_sum)
-            book.toll = predict.made_late(book.decoding, before, book.used - before, book.limits)
 
     def _hear(self, book: Book, step: float) -> None:
         """What answers have come to by this step: a size that is counted, or their expected end."""
@@ -196,9 +193,9 @@ class Market:
                 book.over += 1
                 book.over_sum += entry.end
                 entry.end = -entry.end
-            tokens = 1 + round(at - entry.step)
-            self._forecast.learn_growth(entry.prompt, entry.tokens, tokens)
-            entry.tokens = tokens
+            else:
+                self._forecast.learn_growth(entry.prompt, entry.tokens, entry.size)
+                entry.tokens, entry.size = entry.size, 2 * entry.size
             heapq.heapreplace(book.told, (entry.next(), number))
 
     def _whole(self, book: Book, ask: Request) -> Price:
@@ -208,13 +205,12 @@ class Market:
             ttft, wait = ttft + book.room - wait, book.room
         if not book.takes:
             tpot *= predict.slowing(book.share, kind.stall)
-        toll = (
-            self._own_toll(ttft, tpot, _behind(book, book.room)) + self._stop(book, ask) + book.toll
-        )
+        toll = self._own_toll(ttft, tpot, _behind(book, book.room))
+        toll += self._held_up(book, ask, output=True, prompt=True)
         return self._price(toll, kind.cost, wait)
 
-    def _split(self, prefill: Book, decode: Book, ask: Request) -> Price:
-        """As `Pricer.split`."""
+    def _split(self, prefill: Book, decode: Book, ask: Request, held_up: float) -> Price:
+        """As `Pricer.split`. `held_up`: the toll of those who run where the prompt is computed."""
         sender, receiver = prefill.spec, decode.spec
         rate = min(sender.cost.link_bytes_s, receiver.cost.link_bytes_s)
         moving = exposed = ask.tokens * sender.cost.kv_token_bytes / rate
@@ -230,7 +226,7 @@ class Market:
             step += receiver.cost.token * (queued if queued < most else most)
         tpot = predict.handed_tpot_s(decode.tpot, exposed, ask.each, step)
         toll = self._own_toll(ttft + STEPS_TO_GRANT * step, tpot, _behind(prefill, decode.room))
-        toll += self._stop(prefill, ask) + decode.toll
+        toll += held_up + self._held_up(decode, ask, output=True, prompt=False)
         if sender.role is receiver.role:
             toll *= MARGIN
         cost = 0
@@ -250,18 +246,27 @@ class Market:
         weight = predict.weight(ttft, tpot, behind)
         if not self._limited:
             return weight
-        first = predict.queued(ttft / self._ttft, behind / self._ttft)
+        limit = self._ttft
+        first = predict.queued(ttft / limit, behind / limit)
         return first + predict.risk(tpot / self._tpot) + SECOND * weight
 
-    def _stop(self, book: Book, ask: Request) -> float:
-        """The toll of those who run there while the prompt is computed."""
+    def _held_up(self, book: Book, ask: Request, *, output: bool, prompt: bool) -> float:
+        """The toll of those who run there, by this output beside them, its prompt, or both."""
+        kind, toll, decoding = book.kind, 0.0, book.decoding
         if not self._limited:
-            weight = book.kind.stall if book.takes else ROLE * book.kind.stall
-            return predict.held_up(book.decoding, book.outputs, weight)
-        more = book.kind.stall * book.decoding
-        toll = predict.made_late(book.decoding, book.used, more, book.limits)
-        if book.running > book.decoding:
-            toll += predict.met(ask.each, book.tpot, self._tpot, book.kind.stall)
+            if output:
+                toll += predict.slowed(book.running, kind.own / (1 - book.share))
+            if prompt:
+                weight = kind.stall if book.takes else ROLE * kind.stall
+                toll += predict.held_up(decoding, book.outputs, weight)
+            return toll
+        if decoding:
+            before, after = book.before if output else book.used, book.used
+            if prompt:
+                after += kind.stall * decoding
+            toll += predict.made_late(decoding, before, after - before, book.limits)
+        if prompt and book.running > decoding:
+            toll += predict.met(ask.each, book.tpot, self._tpot, kind.stall)
         return toll
 
 
@@ -277,6 +282,8 @@ def _prompted(book: Book, ask: Request) -> None:
 
 def _behind(book: Book, room: float) -> float:
     """Seconds that the prompt there keeps those waiting who will come behind it."""
+    if not book.lane.queue:
+        return room
     queue = len(book.lane.queue) * (book.ttft - book.wait)
     return room if room > queue else queue
 
