@@ -1,6 +1,7 @@
 """Routes for the fast simulation: the router's arithmetic (`scheduler.predict`) on fewer records.
 
-It knows each worker's queue as it is, and of hand-overs prices those from the soonest prefill.
+It knows each worker's queue as it is, and of hand-overs prices those from the soonest
+prefill, and from a mixed worker among many only that to the one which decodes fastest.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from scheduler.simulate_spec import WorkerSpec
     from scheduler.workload import Arrival
 
-# whether it is risky, cost, toll, wait
+# whether it is risky, cost, toll, wait: in the order of routing's `_by_plan` or `_by_toll`
 Price = tuple[float, ...]
 NEVER: Price = (math.inf,)
 
@@ -46,6 +47,7 @@ class Market:
         self._forecast = Forecast()
         self._overlap = overlap
         self._limited = slo is not None
+        self._in_time = IN_TIME if slo else -1.0  # a toll for which a route is taken for its price
         self._ttft = slo.ttft_ms / 1e3 if slo else math.inf
         self._tpot = slo.tpot_ms / 1e3 if slo else math.inf
 
@@ -60,12 +62,11 @@ class Market:
         for book in books:
             if book.kind.request is not ask:
                 book.kind.ask(ask)
-            _prompted(book, ask)
+            self._ask(book, ask)
             if book.takes and (sender is None or book.ttft < sender.ttft):
                 sender = book
             if not book.gives:
                 continue
-            self._decoded(book, ask)
             receivers.append(book)
             price = self._whole(book, ask)
             if price < best:
@@ -73,7 +74,7 @@ class Market:
         assert decode, "somebody decodes"
         if sender:
             held_up = self._held_up(sender, ask, output=False, prompt=True)
-            for book in _best(receivers):
+            for book in _best(sender, receivers):
                 if book is sender:
                     continue
                 price = self._split(sender, book, ask, held_up)
@@ -153,9 +154,16 @@ class Market:
         decode.changed()
         self._entries[number] = Entry(decode, ask.length, ask.need, ask.each, split, ask.tokens)
 
-    def _decoded(self, book: Book, ask: Request) -> None:
-        """The output there: its TPOT, room for it, and what those who run need of their limits."""
+    def _ask(self, book: Book, ask: Request) -> None:
+        """The prompt there, and the output: TPOT, room, what those who run need of their limits."""
         lane, now, running, spec, step_s = book.lane, ask.now, book.running, book.spec, book.step_s
+        wait = (lane.queued + book.coming) * book.token_s
+        if lane.queue:
+            wait = predict.queue_s(wait, len(lane.queue), now - lane.now)
+        book.wait = wait
+        book.ttft = wait + ask.tokens * book.token_s + book.kind.attention
+        if not book.gives:
+            return
         book.share = predict.mixed(book.mixed, now - book.mixed_at)
         busy = 1 - book.share
         book.tpot = tpot = (step_s + book.kind.own) / busy
@@ -207,7 +215,7 @@ class Market:
             tpot *= predict.slowing(book.share, kind.stall)
         toll = self._own_toll(ttft, tpot, _behind(book, book.room))
         toll += self._held_up(book, ask, output=True, prompt=True)
-        return self._price(toll, kind.cost, wait)
+        return (True, 0, toll, wait) if toll > self._in_time else (False, kind.cost, toll, wait)
 
     def _split(self, prefill: Book, decode: Book, ask: Request, held_up: float) -> Price:
         """As `Pricer.split`. `held_up`: the toll of those who run where the prompt is computed."""
@@ -234,12 +242,7 @@ class Market:
             link = LINK_WORK * moving * (prefill.kind.price + decode.kind.price)
             dollars = prefill.kind.prompt_cost + decode.kind.output_cost + link
             cost = rounded(dollars * MOST if decode.takes or prefill.gives else dollars)
-        return self._price(toll, cost, wait)
-
-    def _price(self, toll: float, cost: int, wait: float) -> Price:
-        """In the order of routing's `_by_plan` or `_by_toll`."""
-        risky = not self._limited or toll > IN_TIME
-        return risky, 0 if risky else cost, toll, wait
+        return (True, 0, toll, wait) if toll > self._in_time else (False, cost, toll, wait)
 
     def _own_toll(self, ttft: float, tpot: float, behind: float) -> float:
         """As `Pricer.toll`."""
@@ -270,16 +273,6 @@ class Market:
         return toll
 
 
-def _prompted(book: Book, ask: Request) -> None:
-    """The prompt there."""
-    lane = book.lane
-    wait = (lane.queued + book.coming) * book.token_s
-    if lane.queue:
-        wait = predict.queue_s(wait, len(lane.queue), ask.now - lane.now)
-    book.wait = wait
-    book.ttft = wait + ask.tokens * book.token_s + book.kind.attention
-
-
 def _behind(book: Book, room: float) -> float:
     """Seconds that the prompt there keeps those waiting who will come behind it."""
     if not book.lane.queue:
@@ -288,8 +281,10 @@ def _behind(book: Book, room: float) -> float:
     return room if room > queue else queue
 
 
-def _best(receivers: list[Book]) -> list[Book]:
-    """As `routing` does: of many, the fastest."""
+def _best(sender: Book, receivers: list[Book]) -> list[Book]:
+    """As `routing` does: of many, the fastest; just one where the sender decodes as well."""
     if len(receivers) <= PAIRED:
         return receivers
+    if sender.gives:
+        return [min(receivers, key=attrgetter("tpot"))]
     return sorted(receivers, key=attrgetter("tpot"))[:PAIRED]
