@@ -165,15 +165,17 @@ def test_a_shard_that_was_claimed_is_never_deleted_however_they_meet(tmp_path):
     sweeper = threading.Thread(target=sweep)
     sweeper.start()
     deleted = 0
-    for _ in range(300):
-        with closing(ShardFolder(tmp_path, "m")) as folder:
-            place = folder.claim("theirs")
-            weights = place / "weights.bin"
-            deleted += not weights.exists()
-            weights.write_text("theirs")
-            os.sched_yield()
-            assert weights.read_text() == "theirs"
-            assert (place / CLAIM).read_text() == "m"
-    stop.set()
-    sweeper.join()
+    try:
+        for _ in range(300):
+            with closing(ShardFolder(tmp_path, "m")) as folder:
+                place = folder.claim("theirs")
+                weights = place / "weights.bin"
+                deleted += not weights.exists()
+                weights.write_text("theirs")
+                os.sched_yield()
+                assert weights.read_text() == "theirs"
+                assert (place / CLAIM).read_text() == "m"
+    finally:
+        stop.set()
+        sweeper.join()
     assert deleted > 1

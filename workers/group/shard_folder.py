@@ -108,7 +108,8 @@ class ShardFolder:
 
     def _try_to_claim(self, folder: Path) -> None:
         """In vain if it was deleted just now."""
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # exist_ok looks again, when it may be gone
+            folder.mkdir(parents=True)
         claim = folder / CLAIM
         with suppress(FileNotFoundError), ExitStack() as stack:
             file = stack.enter_context(claim.open("a+"))
