@@ -64,7 +64,8 @@ class Worker:
     held: float = 0.0  # tokens of KV cache that they will need
     moving: float = 0.0  # bytes of KV cache that prefills have left behind, to or from it
     links: dict[str, Link] = field(default_factory=dict)  # to others, by name
-    decoding: int = 0  # of these, whose prompt is computed, or will be before one that comes now
+    # Of the running ones, those whose prompt is computed, or will be before one that comes now.
+    decoding: int = 0
     outputs: float = 0.0  # tokens that these will give, as predicted
     left: float = 0.0  # tokens to come of those whose prompt is computed
     # Of those who decode, or will before it, the choices that have a limit on TPOT: how many, the

@@ -69,14 +69,14 @@ def crowding(
     return over if over > outside else outside
 
 
-def turnover_s(left: float, outputs: float, begun: float, tpot: float) -> float:
+def turnover_s(left: float, outputs: float, decoding: float, tpot: float) -> float:
     """Until as many have ended as decode now, where `left` of `outputs` tokens are to come.
 
     Met at any moment they are half done, on the mean; long answers are met more often than they
     begin, so it is a prediction's whole length at least.
     """
     whole = outputs if outputs > 2 * left else 2 * left
-    return whole / (begun if begun > 1 else 1) * tpot
+    return whole / (decoding if decoding > 1 else 1) * tpot
 
 
 def handed_tpot_s(tpot: float, exposed: float, tokens: float, step: float) -> float:
@@ -135,10 +135,10 @@ def weight(ttft: float, tpot: float, behind: float) -> float:
     return ttft + behind + PACE_TOKENS * tpot
 
 
-def held_up(begun: float, outputs: float, stall: float) -> float:
+def held_up(decoding: float, outputs: float, stall: float) -> float:
     """The same of those who decode, if they stop once; they will give so many tokens in all."""
-    mean = outputs / begun if begun else 0.0
-    return PACE_TOKENS * begun * stall / (mean if mean > 1 else 1.0)
+    mean = outputs / decoding if decoding else 0.0
+    return PACE_TOKENS * decoding * stall / (mean if mean > 1 else 1.0)
 
 
 def slowed(running: float, each: float) -> float:
