@@ -21,7 +21,7 @@ from chaos_history import History, WatchedMembers, request_of
 from scheduler.lifecycle import Phase
 from scheduler.messages import Outputs, Role
 from scheduler.transport import listen
-from serving.app import build_app, serve
+from serving.app import App, serve
 from serving.gateway import Gateway
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
@@ -113,7 +113,7 @@ class Cluster:
     async def start(self, stack: AsyncExitStack, shape: dict[Role, int]) -> None:
         inside = listen("127.0.0.1", 0, SECRET.encode(), self.members.serve)
         _, self._port = await stack.enter_async_context(inside)
-        app = build_app(self.gateway, Metrics(), HttpLimits())
+        app = App(self.gateway, Metrics(), HttpLimits())
         host, port = await stack.enter_async_context(serve(app, "127.0.0.1", 0))
         self.url = f"http://{host}:{port}"
         for role, count in shape.items():

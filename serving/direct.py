@@ -28,7 +28,7 @@ _BARE = (204, 304)  # these have no body, and say nothing of its length
 class Written(web.StreamResponse):
     """A response as aiohttp sees it, which writes none of it: it keeps or ends the connection."""
 
-    def __init__(self, request: web.Request, status: int, *, framed: bool = True) -> None:
+    def __init__(self, request: web.BaseRequest, status: int, *, framed: bool = True) -> None:
         """`framed`: a client can tell where the body ends without the end of the connection."""
         super().__init__(status=status)
         self._keeps = framed and request.keep_alive
@@ -60,7 +60,7 @@ class Whole(Written):
     """An answer that is complete: one write when the handler has returned it."""
 
     def __init__(
-        self, request: web.Request, body: bytes, status: int = 200, fields: bytes | None = None
+        self, request: web.BaseRequest, body: bytes, status: int = 200, fields: bytes | None = None
     ) -> None:
         super().__init__(request, status)
         self._bytes = body
@@ -73,10 +73,11 @@ class Whole(Written):
         """
         bare = self.status in _BARE
         length = b"" if bare else b"Content-Length: %d\r\n" % len(self._bytes)
+        body = b"" if bare or request.method == "HEAD" else self._bytes
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        transport.write(self.head(self._fields + length) + (b"" if bare else self._bytes))
+        transport.write(self.head(self._fields + length) + body)
         if request.protocol.writing_paused:
             await request.writer.drain()
 

@@ -129,7 +129,7 @@ class Relay:
         return None if any(i.name == model for i in self._generator.models()) else model
 
     async def answer(
-        self, request: web.Request, body: bytes, model: str, record: RequestRecord
+        self, request: web.BaseRequest, body: bytes, model: str, record: RequestRecord
     ) -> web.StreamResponse:
         """Ask endpoints in turn until one answers. Raises Unavailable."""
         record.model = model
@@ -166,7 +166,7 @@ class Relay:
     async def _try(
         self,
         endpoint: Endpoint,
-        request: web.Request,
+        request: web.BaseRequest,
         head: bytes,
         body: bytes,
         record: RequestRecord,
@@ -235,7 +235,7 @@ class Relay:
             await asyncio.sleep(LOOK_S)
 
 
-def _head(request: web.Request) -> bytes:
+def _head(request: web.BaseRequest) -> bytes:
     """The client's headers that the endpoint is to see, and the request's id."""
     lines = [b"%b: %b\r\n" % pair for pair in request.raw_headers if pair[0].lower() not in _OWN]
     lines.append(b"X-Request-Id: %b\r\n" % request[REQUEST_ID].encode())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.messages import Address
 from scheduler.transport import listen
-from serving.app import build_app, serve
+from serving.app import App, serve
 from serving.cluster_metrics import ClusterCollector
 from serving.deploy.local import LocalDeployment, WorkerSpec
 from serving.deploy.planned import Wanted
@@ -146,7 +146,7 @@ async def run_router(
             relay = Relay(config.endpoints, gateway, limits, alone=not models)
             metrics.registry.register(relay)
             tasks.append(asyncio.create_task(relay.run()))
-        app = build_app(gateway, metrics, limits, relay)
+        app = App(gateway, metrics, limits, relay)
         while config.sibling and models and not gateway.ready and not stop.is_set():
             await _either(stop, members.changed())
         shared = config.sibling or bool(config.siblings)

@@ -71,7 +71,7 @@ class EmbeddingEndpoint:
         self._limits = limits
         self._relay = relay
 
-    async def embed(self, request: web.Request) -> web.StreamResponse:
+    async def embed(self, request: web.BaseRequest) -> web.StreamResponse:
         with self._metrics.request() as record:
             try:
                 raw = await read_body(request, self._limits)
@@ -84,7 +84,7 @@ class EmbeddingEndpoint:
             record.code = OK
             return response
 
-    async def _answer(self, request: web.Request, raw: bytes, record: RequestRecord) -> Whole:
+    async def _answer(self, request: web.BaseRequest, raw: bytes, record: RequestRecord) -> Whole:
         created = time.time()
         body = checks.decode(raw, _DECODER)
         ask = _ask(body, f"embd-{request[REQUEST_ID]}", created, self._limits)

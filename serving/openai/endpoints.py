@@ -59,13 +59,13 @@ class Endpoints:
         self._relay = relay
         self._sweep = Sweep()
 
-    async def chat(self, request: web.Request) -> web.StreamResponse:
+    async def chat(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._counted(CHAT, request)
 
-    async def completion(self, request: web.Request) -> web.StreamResponse:
+    async def completion(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._counted(COMPLETION, request)
 
-    async def _counted(self, dialect: Dialect, request: web.Request) -> web.StreamResponse:
+    async def _counted(self, dialect: Dialect, request: web.BaseRequest) -> web.StreamResponse:
         with self._metrics.request() as record:
             try:
                 return await self._answer(dialect, request, record)
@@ -74,7 +74,7 @@ class Endpoints:
                 raise
 
     async def _answer(
-        self, dialect: Dialect, request: web.Request, record: RequestRecord
+        self, dialect: Dialect, request: web.BaseRequest, record: RequestRecord
     ) -> web.StreamResponse:
         created = time.time()
         ask_id = f"{dialect.id_prefix}-{request[REQUEST_ID]}"
@@ -94,7 +94,7 @@ class Endpoints:
         return await self._whole(request, call, reply, record)
 
     async def _whole(
-        self, request: web.Request, call: Call, reply: Reply, record: RequestRecord
+        self, request: web.BaseRequest, call: Call, reply: Reply, record: RequestRecord
     ) -> Whole:
         collected = Collected()
 
@@ -138,7 +138,7 @@ class Endpoints:
             events.close()
 
 
-async def read_body(request: web.Request, limits: HttpLimits) -> bytes:
+async def read_body(request: web.BaseRequest, limits: HttpLimits) -> bytes:
     """The whole body. Raises BadRequest if it is too large, too slow, or damaged."""
     if (request.content_length or 0) > limits.body_bytes:
         raise _too_large(limits)

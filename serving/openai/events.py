@@ -49,7 +49,7 @@ class Events:
     Its headers leave with the first event.
     """
 
-    def __init__(self, request: web.Request, sweep: Sweep, stall_s: float) -> None:
+    def __init__(self, request: web.BaseRequest, sweep: Sweep, stall_s: float) -> None:
         self._chunked = request.version >= HttpVersion11
         self.response = Written(request, 200, framed=self._chunked)
         self.begun = False

@@ -6,16 +6,18 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
-from aiohttp import web
 
 from scheduler.errors import BadRequest
 from scheduler.request import Prompt
+from serving.direct import Whole
 from serving.openai import checks
 from serving.openai.endpoints import read_body
 from serving.openai.requests import ChatMessage, TokenId, read_messages
 from serving.openai.tools import Tool, define
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from scheduler.messages import Tokenised
     from serving.ask import Generator
     from serving.openai.limits import HttpLimits
@@ -60,25 +62,27 @@ class TokenEndpoints:
         self._generator = generator
         self._limits = limits
 
-    async def tokenize(self, request: web.Request) -> web.Response:
+    async def tokenize(self, request: web.BaseRequest) -> Whole:
         body = checks.decode(await read_body(request, self._limits), _TOKENIZE)
         found = await self._ask(body.model, _prompt(body))
         infos = self._generator.models()
         lengths = [info.context_length for info in infos if info.name == body.model]
         strings = found.spelled if body.return_token_strs else None
-        return _json(Tokenized(len(found.ids), max(lengths, default=0), found.ids, strings))
+        return _json(
+            request, Tokenized(len(found.ids), max(lengths, default=0), found.ids, strings)
+        )
 
-    async def detokenize(self, request: web.Request) -> web.Response:
+    async def detokenize(self, request: web.BaseRequest) -> Whole:
         body = checks.decode(await read_body(request, self._limits), _DETOKENIZE)
         if not body.tokens:
-            return _json(Detokenized(""))
+            return _json(request, Detokenized(""))
         try:
             found = await self._ask(body.model, Prompt(ids=body.tokens))
         except BadRequest as error:
             if error.param != "prompt":
                 raise
             raise BadRequest(error.message, param="tokens", code=error.code) from None
-        return _json(Detokenized(found.text))
+        return _json(request, Detokenized(found.text))
 
     async def _ask(self, model: str, prompt: Prompt) -> Tokenised:
         return await self._generator.tokenise(model, prompt, time.time())
@@ -97,5 +101,5 @@ def _prompt(body: TokenizeBody) -> Prompt:
     )
 
 
-def _json(value: msgspec.Struct) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+def _json(request: web.BaseRequest, value: msgspec.Struct) -> Whole:
+    return Whole(request, msgspec.json.encode(value))

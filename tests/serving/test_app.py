@@ -20,7 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from scheduler.errors import BadRequest, SetupError, Unavailable
 from scheduler.messages import Alternative, FinishReason, TokenLogprob
-from serving.app import build_app, serve
+from serving.app import App, serve
 from serving.ask import Delta, ModelInfo
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
@@ -158,7 +158,7 @@ class Edge:
 @asynccontextmanager
 async def running(limits=LIMITS):
     script, metrics = Script(), Metrics()
-    async with serve(build_app(script, metrics, limits), "127.0.0.1", 0, drain_s=0.1) as address:
+    async with serve(App(script, metrics, limits), "127.0.0.1", 0, drain_s=0.1) as address:
         base = f"http://127.0.0.1:{address[1]}"
         async with aiohttp.ClientSession(base) as http, asyncio.timeout(SOON * 10):
             yield Edge(script, metrics, address, http)
@@ -409,6 +409,26 @@ async def test_other_routes_are_refused_in_openais_shape(edge, method, path, sta
     assert error["type"] == "invalid_request_error"
 
 
+async def test_head_answers_like_get_and_sends_no_body(edge):
+    reader, writer = await asyncio.open_connection(*edge.address)
+    writer.write(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    head = await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    got, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+
+    length = b"Content-Length: %d" % len(body)
+    assert length in head.split(b"\r\n")
+    assert length in got.split(b"\r\n")
+
+
+async def test_a_body_that_its_client_holds_back_is_asked_for(edge):
+    async with edge.http.post(CHAT_PATH, json=CHAT, expect100=True) as response:
+        assert response.status == 200
+    status, _, error = await edge.post(CHAT_PATH, CHAT, Expect="a miracle")
+    assert (status, error["error"]["type"]) == (417, "invalid_request_error")
+
+
 async def test_bytes_that_are_no_text_in_the_request_line_do_no_harm(edge):
     reader, writer = await asyncio.open_connection(*edge.address)
     writer.write(b"GET /\xff\xed\xa0\x80 HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\r\n\r\n")
@@ -643,7 +663,7 @@ async def test_metrics_count_each_request_once_under_known_models_only(edge):
 
 async def test_a_taken_port_says_what_to_do(edge):
     host, port = edge.address
-    app = build_app(edge.script, edge.metrics, LIMITS)
+    app = App(edge.script, edge.metrics, LIMITS)
     with pytest.raises(SetupError, match=f"{host}:{port}.*choose another"):
         async with serve(app, host, port):
             pass

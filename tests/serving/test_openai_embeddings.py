@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from serving.app import build_app, serve
+from serving.app import App, serve
 from serving.metrics import Metrics
 from serving.openai.limits import HttpLimits
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.asyncio
 
 @asynccontextmanager
 async def running(it):
-    app = build_app(it.gateway, Metrics(), HttpLimits(choices=3))
+    app = App(it.gateway, Metrics(), HttpLimits(choices=3))
     async with (
         serve(app, "127.0.0.1", 0, drain_s=0.1) as (_, port),
         aiohttp.ClientSession(f"http://127.0.0.1:{port}") as http,

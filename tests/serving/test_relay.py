@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from scheduler.errors import SetupError, WorkerLost
-from serving.app import build_app, serve
+from serving.app import App, serve
 from serving.endpoint import Endpoint
 from serving.gateway import Gateway
 from serving.members import Members
@@ -137,7 +137,7 @@ async def router(*urls, until):
     relay = Relay(urls, gateway, limits, alone=True)
     metrics.registry.register(relay)
     watching = asyncio.create_task(relay.run())
-    app = build_app(gateway, metrics, limits, relay)
+    app = App(gateway, metrics, limits, relay)
     try:
         async with (
             serve(app, "127.0.0.1", 0, drain_s=0.1) as (host, port),
