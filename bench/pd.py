@@ -134,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--simulated", action="store_true", required=True)
     parser.add_argument("--sizes", nargs="*", default=[*SIZES, "code"], help="PROMPT/OUTPUT, code")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a run (default 20)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a run (default 60)")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
