@@ -34,7 +34,7 @@ _LOAD = (
     ),
     ("tasks", GaugeMetricFamily, "Tasks of the worker's event loop."),
     ("preempted", CounterMetricFamily, "Sequences that gave their blocks to older ones."),
-    ("kv_bytes_sent", CounterMetricFamily, "KV cache handed to other workers, in bytes."),
+    ("kv_bytes_sent", CounterMetricFamily, "KV cache sent to other workers, in bytes."),
     ("drafted", CounterMetricFamily, "Tokens guessed by speculation."),
     ("drafts_accepted", CounterMetricFamily, "Guessed tokens that were right."),
     ("kv_bytes_received", CounterMetricFamily, "KV cache taken from other workers, in bytes."),

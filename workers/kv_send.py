@@ -208,14 +208,16 @@ class KvSender:
         try:
             link = await self._connect(peer.address)
             lease = await self._ask(link, job)
-            yield lease
+            try:
+                yield lease
+            finally:  # what was sent was sent, also to a request that is over before its commit is
+                self.bytes_sent += lease.bytes_sent
         except (OSError, TimeoutError, ProtocolError) as error:
             _close(link)
             raise HandoffFailed(f"{peer.name} did not take the KV cache: {error!r}") from error
         except BaseException:
             _close(link)
             raise
-        self.bytes_sent += lease.bytes_sent
         self._made = lease.made or self._made
         if rate := link.connection.rate:
             self._rates[link.connection.remote] = rate

@@ -345,6 +345,19 @@ async def test_an_error_of_the_sender_ends_the_lease(linked, job):
         await link.decode.empty()
 
 
+async def test_what_was_sent_counts_however_the_lease_ends(linked, job):
+    async def push_and_fail(link) -> None:
+        async with link.sender.reserve(job, link.peer) as lease:
+            await lease.push(link.prefill.loop.prefill(job, PROMPT, lease.watch))
+            raise ArithmeticError
+
+    async with linked() as link:
+        with pytest.raises(ArithmeticError):
+            await push_and_fail(link)
+        link.prefill.loop.release(KEY)
+        assert link.sender.bytes_sent == link.receiver.bytes_received > 0
+
+
 async def test_the_decode_worker_dies_before_the_push(linked, job):
     async def push_too_late(link) -> None:
         async with link.sender.reserve(job, link.peer) as lease:
