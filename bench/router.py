@@ -6,11 +6,12 @@
     python bench/router.py
     python bench/router.py --routers motley --only crowd
 
-Each router is a process of its own, and so are its workers or engines and the load. The CPU
-time is the router's alone, from /proc, and robust on a busy machine; requests a second and
-latencies are not. A token of a prompt is 4 bytes. `added` is, at half the rate that the closed loop
-reached, how much later than without a router answers come at the median and at the 99th percentile:
-workers asked straight over the link (bench/router_floor.py), engines over HTTP.
+Each router is a process of its own, and so are its workers or engines and the load. All are up at
+once and loaded in turn, a round each, several times: a figure is the median of the rounds, beside
+the least and the most of the CPU time. This is the router's alone, from /proc; requests a second
+and latencies are not. A token of a prompt is 4 bytes. `added` is, at half the rate that the closed
+loop reached, how much later than without a router answers come at the median and at the 99th
+percentile: workers asked straight over the link (bench/router_floor.py), engines over HTTP.
 
 - chat: 1.2 KB, 16 tokens, not streamed; long: 220 KB, 1 token;
 - sse: 1.2 KB, 50 tokens streamed; crowd: 2,000 streams at once at 5 tokens a second.
@@ -21,12 +22,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 import msgspec
 from msgspec.structs import replace
 from router_arms import ARMS, Arm, run_load
-from router_load import Load
+from router_load import Load, Loaded
 
 PEERS = Path(__file__).parent.parent / ".venv-peers-routers"
 MODEL = "m"
@@ -39,7 +42,8 @@ class Workload(msgspec.Struct, frozen=True):
     tokens: int
     stream: bool
     connections: int
-    requests: int
+    rounds: int
+    requests: int  # of a round
     step_ms: float  # a token's time
     ramp_s: float = 0.0
     half: bool = False  # also at half the rate
@@ -47,28 +51,63 @@ class Workload(msgspec.Struct, frozen=True):
 
     def tiny(self) -> Workload:
         return replace(
-            self, connections=4, requests=12, step_ms=1.0, ramp_s=0.0, tokens=min(self.tokens, 8)
+            self,
+            connections=4,
+            rounds=2,
+            requests=12,
+            step_ms=1.0,
+            ramp_s=0.0,
+            tokens=min(self.tokens, 8),
+        )
+
+    def load(self, port: int) -> Load:
+        return Load(
+            port=port,
+            path="/v1/chat/completions",
+            connections=self.connections,
+            requests=self.requests,
+            model=MODEL,
+            prompt_bytes=self.prompt_bytes,
+            tokens=self.tokens,
+            stream=self.stream,
+            ramp_s=self.ramp_s,
         )
 
 
 WORKLOADS = {
-    "chat": Workload(1200, 16, False, 16, 3000, 1.0, half=True),
-    "long": Workload(220_000, 1, False, 4, 150, 1.0),
-    "sse": Workload(1200, 50, True, 16, 1000, 1.0),
-    "crowd": Workload(1200, 150, True, 2000, 2000, 200.0, ramp_s=20.0, engines=4),
+    "chat": Workload(1200, 16, False, 16, 9, 400, 1.0, half=True),
+    "long": Workload(220_000, 1, False, 4, 5, 60, 1.0),
+    "sse": Workload(1200, 50, True, 16, 5, 250, 1.0),
+    "crowd": Workload(1200, 150, True, 2000, 1, 2000, 200.0, ramp_s=20.0, engines=4),
 }
 
 
+class Round(msgspec.Struct, frozen=True):
+    """What one load on one router cost. CPU times in seconds."""
+
+    done: Loaded
+    cpu: float
+    added: tuple[float, float] | None  # ms, at the median and the 99th percentile
+
+    @property
+    def cpu_us(self) -> float:
+        """A request's."""
+        return self.cpu / max(self.done.requests, 1) * 1e6
+
+
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One router under one workload. Times in microseconds of CPU unless they say otherwise."""
+    """One router under one workload: medians of its rounds. Times in microseconds of CPU."""
 
     router: str
     workload: str
     processes: int  # of the router
+    rounds: int
     requests: int
     errors: int
     reason: str
     cpu_us: float  # a request
+    cpu_us_least: float
+    cpu_us_most: float
     per_cpu_s: float  # requests
     per_s: float  # requests, on the wall clock
     token_us: float | None  # of streams
@@ -80,14 +119,14 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> int:
     options = _options()
-    figures = []
+    figures: list[Figure] = []
     for name in options.only:
         workload = WORKLOADS[name].tiny() if options.tiny else WORKLOADS[name]
-        for router in options.routers:
-            arm = ARMS[router](options.peers, workload.step_ms, options.processes, workload.engines)
-            figures.append(measure(router, name, workload, arm))
-            if not options.json:
-                _print(figures[-1], head=len(figures) == 1)
+        found = compare(name, workload, options.routers, options.peers, options.processes)
+        if not options.json:
+            for figure in found:
+                _print(figure, head=figure is found[0])
+        figures += found
     if options.json:
         load = " ".join(f"{n:.1f}" for n in os.getloadavg())
         report = {"cpus": os.cpu_count(), "load_average": load, "results": figures}
@@ -95,50 +134,68 @@ def main() -> int:
     return 1 if any(figure.errors for figure in figures) else 0
 
 
-def measure(router: str, name: str, workload: Workload, arm: Arm) -> Figure:
-    """Start the router, warm it, load it, and take its CPU time."""
-    with arm:
-        load = Load(
-            port=arm.port,
-            path="/v1/chat/completions",
-            connections=workload.connections,
-            requests=workload.requests,
-            model=MODEL,
-            prompt_bytes=workload.prompt_bytes,
-            tokens=workload.tokens,
-            stream=workload.stream,
-            ramp_s=workload.ramp_s,
-        )
-        warm = max(4, workload.requests // 20)
-        few = min(workload.connections, 16, warm)
-        short = min(4, workload.tokens)
-        run_load(replace(load, requests=warm, connections=few, tokens=short, ramp_s=0.0))
-        before = arm.cpu_s()
-        done = run_load(load)
-        cpu = arm.cpu_s() - before
-        rss = arm.rss_mb()
-        added = None
-        if workload.half and not done.errors:
-            rate = done.requests / done.wall / 2
-            half = replace(load, rate=rate, requests=max(2 * arm.engines, workload.requests // 3))
-            through, floor = run_load(half).latencies, arm.floor(half)
-            added = [(quantile(through, at) - quantile(floor, at)) * 1e3 for at in (0.5, 0.99)]
-    count = max(done.requests, 1)
+def compare(
+    name: str, workload: Workload, routers: list[str], peers: Path, processes: int
+) -> list[Figure]:
+    """Start the routers, warm them, and load one after the other, again and again."""
+    with ExitStack() as stack:
+        arms = {
+            router: stack.enter_context(
+                ARMS[router](peers, workload.step_ms, processes, workload.engines)
+            )
+            for router in routers
+        }
+        rounds: dict[str, list[Round]] = {router: [] for router in arms}
+        for arm in arms.values():
+            _warm(arm, workload)
+        for _ in range(workload.rounds):
+            for router, arm in arms.items():
+                rounds[router].append(measure(arm, workload))
+        return [_figure(router, name, arms[router], rounds[router]) for router in arms]
+
+
+def _warm(arm: Arm, workload: Workload) -> None:
+    count = max(4, workload.requests // 4)
+    few, short = min(workload.connections, 16, count), min(4, workload.tokens)
+    load = workload.load(arm.port)
+    run_load(replace(load, requests=count, connections=few, tokens=short, ramp_s=0.0))
+
+
+def measure(arm: Arm, workload: Workload) -> Round:
+    load = workload.load(arm.port)
+    before = arm.cpu_s()
+    done = run_load(load)
+    cpu, added = arm.cpu_s() - before, None
+    if workload.half and not done.errors:
+        half = replace(load, rate=done.requests / done.wall / 2)
+        through, floor = run_load(half).latencies, arm.floor(half)
+        middle, tail = ((quantile(through, at) - quantile(floor, at)) * 1e3 for at in (0.5, 0.99))
+        added = middle, tail
+    return Round(done, cpu, added)
+
+
+def _figure(router: str, name: str, arm: Arm, rounds: list[Round]) -> Figure:
+    cpu = sorted(each.cpu_us for each in rounds)
+    tokens = [each.cpu / each.done.events * 1e6 for each in rounds if each.done.events]
+    added = [each.added for each in rounds if each.added]
     return Figure(
         router=router,
         workload=name,
         processes=arm.processes,
-        requests=done.requests,
-        errors=done.errors,
-        reason=done.reason,
-        cpu_us=cpu / count * 1e6,
-        per_cpu_s=count / max(cpu, 1e-6),
-        per_s=count / done.wall,
-        token_us=cpu / done.events * 1e6 if done.events else None,
-        load_cpu_us=done.cpu / count * 1e6,
-        rss_mb=rss,
-        added_p50_ms=added[0] if added else None,
-        added_p99_ms=added[1] if added else None,
+        rounds=len(rounds),
+        requests=sum(each.done.requests for each in rounds),
+        errors=sum(each.done.errors for each in rounds),
+        reason=next((each.done.reason for each in rounds if each.done.errors), ""),
+        cpu_us=median(cpu),
+        cpu_us_least=cpu[0],
+        cpu_us_most=cpu[-1],
+        per_cpu_s=1e6 / max(median(cpu), 1e-6),
+        per_s=median(each.done.requests / each.done.wall for each in rounds),
+        token_us=median(tokens) if tokens else None,
+        load_cpu_us=median(each.done.cpu / max(each.done.requests, 1) * 1e6 for each in rounds),
+        rss_mb=arm.rss_mb(),
+        added_p50_ms=median(each[0] for each in added) if added else None,
+        added_p99_ms=median(each[1] for each in added) if added else None,
     )
 
 
@@ -152,6 +209,7 @@ def _print(figure: Figure, *, head: bool) -> None:
         "workload": figure.workload,
         "errors": figure.errors,
         "CPU µs": f"{figure.cpu_us:.0f}",
+        "least-most": f"{figure.cpu_us_least:.0f}-{figure.cpu_us_most:.0f}",
         "per CPU s": f"{figure.per_cpu_s:.0f}",
         "µs/token": "" if figure.token_us is None else f"{figure.token_us:.1f}",
         "req/s": f"{figure.per_s:.0f}",
