@@ -37,8 +37,7 @@ class Breaker:
 
     def allows(self, now: float) -> bool:
         """May it be given a request now?"""
-        state = self.state(now)
-        return state is State.CLOSED or (state is State.HALF_OPEN and now >= self._trial_until)
+        return self._failures < FAILURES or now >= max(self._open_until, self._trial_until)
 
     def tried(self, now: float) -> None:
         """It was given one."""

@@ -9,7 +9,7 @@ import re
 import secrets
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from aiohttp import HttpVersion11, web
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from serving.ask import Generator, ModelInfo
+    from serving.direct import Written
     from serving.metrics import Metrics
     from serving.openai.limits import HttpLimits
     from serving.relay import Relay
 
-    Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+    Handler = Callable[[web.BaseRequest], Awaitable[Written]]
 
 ID_HEADER = "X-Request-Id"
 _ID = re.compile(r"[\x20-\x7e]{1,128}")
@@ -80,14 +81,14 @@ class App:
             client_max_size=self._limits.body_bytes,
         )
         return web.Server(
-            self.answer,
+            cast("Any", self.answer),  # what it gives is no StreamResponse by descent
             request_factory=request,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=_KEEPALIVE_S,
         )
 
-    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest) -> Written:
         """Gives the request its id, and every exception an answer."""
         sent = request.headers.get(ID_HEADER, "")
         request[REQUEST_ID] = sent if _ID.fullmatch(sent) else f"{_process}{next(_numbers):016x}"

@@ -17,29 +17,26 @@ from aiohttp import HttpVersion11, web
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from aiohttp.web_request import BaseRequest
-
 # Set on every request before a handler sees it.
 REQUEST_ID = web.RequestKey("request_id", str)
 
 _BARE = (204, 304)  # these have no body, and say nothing of its length
 
 
-class Written(web.StreamResponse):
-    """A response as aiohttp sees it, which writes none of it: it keeps or ends the connection."""
+class Written:
+    """As much of a response as aiohttp's server asks of one: it keeps or ends the connection.
+
+    Whoever makes it writes it.
+    """
 
     def __init__(self, request: web.BaseRequest, status: int, *, framed: bool = True) -> None:
         """`framed`: a client can tell where the body ends without the end of the connection."""
-        super().__init__(status=status)
-        self._keeps = framed and request.keep_alive
+        self.status = status
+        self.keep_alive = framed and request.keep_alive
         self._newest = request.version >= HttpVersion11
         self._id = request[REQUEST_ID]
 
-    @property
-    def keep_alive(self) -> bool:
-        return self._keeps
-
-    async def prepare(self, request: BaseRequest) -> None:
+    async def prepare(self, request: web.BaseRequest) -> None:
         """Nothing: whoever made it has written it."""
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -48,9 +45,9 @@ class Written(web.StreamResponse):
     def head(self, fields: bytes) -> bytes:
         """Status line and headers: `fields`, each with its end of line, and what all have."""
         if self._newest:
-            connection = b"" if self._keeps else b"Connection: close\r\n"
+            connection = b"" if self.keep_alive else b"Connection: close\r\n"
         else:
-            connection = b"Connection: keep-alive\r\n" if self._keeps else b""
+            connection = b"Connection: keep-alive\r\n" if self.keep_alive else b""
         common = (self._id.encode(), _date(int(time.time())), connection)
         line = b"HTTP/1.%d %d %b\r\n" % (self._newest, self.status, _phrase(self.status))
         return line + fields + b"X-Request-Id: %b\r\nDate: %b\r\n%b\r\n" % common
@@ -66,7 +63,7 @@ class Whole(Written):
         self._bytes = body
         self._fields = b"Content-Type: application/json\r\n" if fields is None else fields
 
-    async def prepare(self, request: BaseRequest) -> None:
+    async def prepare(self, request: web.BaseRequest) -> None:
         """Returns when nearly all has left: a client that does not read gets no further answer.
 
         Raises ConnectionError if the client has left.

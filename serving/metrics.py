@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -51,10 +50,14 @@ _COUNTERS = (
 
 
 class RequestRecord:
-    """What is known of one request so far. Times are in seconds of `clock`."""
+    """What is known of one request so far. Times are in seconds of `clock`.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    A context: at its end, whatever that is, the request has `ended`.
+    """
+
+    def __init__(self, clock: Callable[[], float], ended: Callable[[RequestRecord], None]) -> None:
         self._clock = clock
+        self._ended = ended
         self._start = clock()
         self.model = UNKNOWN_MODEL
         self.code = CLIENT_LEFT  # until the handler has said something else
@@ -64,6 +67,12 @@ class RequestRecord:
         self.choices = 1
         self._first: float | None = None
         self._last = self._start
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended(self)
 
     def saw(self, delta: Delta) -> None:
         self._last = self._clock()
@@ -146,16 +155,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    @contextmanager
-    def request(self) -> Iterator[RequestRecord]:
-        """Counts one request, however it ends."""
-        record = RequestRecord(self._clock)
+    def request(self) -> RequestRecord:
+        """One request begins; it is counted when its record ends, however it does."""
         self._in_flight += 1
-        try:
-            yield record
-        finally:
-            self._in_flight -= 1
-            self._served[record.model].add(record)
+        return RequestRecord(self._clock, self._ended)
+
+    def _ended(self, record: RequestRecord) -> None:
+        self._in_flight -= 1
+        self._served[record.model].add(record)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from scheduler.errors import Unavailable, WorkerLost
-from serving.direct import REQUEST_ID, Whole, fields_of
+from serving.direct import REQUEST_ID, Whole, Written, fields_of
 from serving.endpoint import Endpoint
 from serving.metrics import CLIENT_LEFT
 from serving.openai.errors import failure_of, status_of
@@ -130,10 +130,11 @@ class Relay:
 
     async def answer(
         self, request: web.BaseRequest, body: bytes, model: str, record: RequestRecord
-    ) -> web.StreamResponse:
+    ) -> Written:
         """Ask endpoints in turn until one answers. Raises Unavailable."""
         record.model = model
-        head, tried, reason = _head(request), list[Endpoint](), "none is here"
+        head, reason = _head(request), "none is here"
+        tried: list[Endpoint] = []
         while endpoint := self._choose(model, tried):
             self.retried += bool(tried)
             tried.append(endpoint)
@@ -154,10 +155,9 @@ class Relay:
         """The one with the fewest requests in flight, and of these the one that rested longest."""
         now = self._clock()
         here = [e for e in self.endpoints if e.models and model in e.models and e not in tried]
-        here = [e for e in here if e.breaker.allows(now)] or here
         if not here:
             return None
-        chosen = min(here, key=lambda endpoint: (endpoint.in_flight, endpoint.turn))
+        chosen = min(here, key=lambda e: (not e.breaker.allows(now), e.in_flight, e.turn))
         self._requests += 1
         chosen.turn = self._requests
         chosen.breaker.tried(now)
@@ -170,7 +170,7 @@ class Relay:
         head: bytes,
         body: bytes,
         record: RequestRecord,
-    ) -> web.StreamResponse:
+    ) -> Written:
         """One endpoint's answer. Raises WorkerLost if nothing of it went to the client."""
         path = request.rel_url.raw_path.encode()
         upstream, answer = await endpoint.ask(b"POST", path, head, body)
@@ -180,7 +180,7 @@ class Relay:
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
                 events = Events(request, self._sweep, self._limits.stall_s)
                 record.code = await self._stream(upstream, answer, events)
-                response: web.StreamResponse = events.response
+                response: Written = events.response
             else:
                 whole = await answer.body()
                 fields = fields_of(pair for pair in answer.headers.items() if pair[0] not in _HOP)

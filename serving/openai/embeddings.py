@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from serving.ask import Delta, Generator
+    from serving.direct import Written
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
     from serving.relay import Relay
@@ -71,7 +72,7 @@ class EmbeddingEndpoint:
         self._limits = limits
         self._relay = relay
 
-    async def embed(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def embed(self, request: web.BaseRequest) -> Written:
         with self._metrics.request() as record:
             try:
                 raw = await read_body(request, self._limits)

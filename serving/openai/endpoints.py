@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serving.ask import Delta, Generator, Stream
+    from serving.direct import Written
     from serving.metrics import Metrics, RequestRecord
     from serving.openai.limits import HttpLimits
     from serving.openai.replies import Reply
@@ -59,13 +60,13 @@ class Endpoints:
         self._relay = relay
         self._sweep = Sweep()
 
-    async def chat(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def chat(self, request: web.BaseRequest) -> Written:
         return await self._counted(CHAT, request)
 
-    async def completion(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def completion(self, request: web.BaseRequest) -> Written:
         return await self._counted(COMPLETION, request)
 
-    async def _counted(self, dialect: Dialect, request: web.BaseRequest) -> web.StreamResponse:
+    async def _counted(self, dialect: Dialect, request: web.BaseRequest) -> Written:
         with self._metrics.request() as record:
             try:
                 return await self._answer(dialect, request, record)
@@ -75,12 +76,12 @@ class Endpoints:
 
     async def _answer(
         self, dialect: Dialect, request: web.BaseRequest, record: RequestRecord
-    ) -> web.StreamResponse:
+    ) -> Written:
         created = time.time()
-        ask_id = f"{dialect.id_prefix}-{request[REQUEST_ID]}"
         body = await read_body(request, self._limits)
         if self._relay and (model := self._relay.claims(body)):
             return await self._relay.answer(request, body, model, record)
+        ask_id = f"{dialect.id_prefix}-{request[REQUEST_ID]}"
         call = dialect.parse(body, ask_id, created, self._limits)
         wish = read_wish(request.headers, call.priority)
         call = structs.replace(call, ask=structs.replace(call.ask, wish=wish))

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from serving.ask import Delta
-from serving.metrics import CLIENT_LEFT, UNKNOWN_MODEL, Metrics, RequestRecord
+from serving.metrics import CLIENT_LEFT, UNKNOWN_MODEL, Metrics
 
 
 class Clock:
@@ -70,7 +70,7 @@ def test_histograms_hold_seconds(clock):
 
 
 def test_the_first_token_is_the_first_delta_that_holds_one(clock):
-    record = RequestRecord(clock)
+    record = Metrics(clock).request()
     ttfts = []
     for tokens in (0, 1, 1):
         clock.now += 1.5
@@ -84,7 +84,7 @@ def test_the_first_token_is_the_first_delta_that_holds_one(clock):
     [(1, 5, 3.0), (2, 10, 3.0), (3, 9, 6.0), (1, 1, None), (2, 2, None)],
 )
 def test_time_per_token_is_of_one_choice(clock, choices, tokens, tpot):
-    record = RequestRecord(clock)
+    record = Metrics(clock).request()
     record.choices = choices
     record.saw(Delta(0, "", 1))
     clock.now += 12.0
