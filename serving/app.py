@@ -46,7 +46,8 @@ _MODEL = "/v1/models/"  # its name follows
 class App:
     """Every request's way to its handler, and an answer for what goes wrong on it.
 
-    aiohttp's own Application takes 10 us more for a request than a look into a dictionary.
+    Two dictionaries: aiohttp's Application, whose routes are patterns and whose requests pass
+    middlewares and signals, costs a relayed chat a twentieth more CPU time.
     """
 
     def __init__(
