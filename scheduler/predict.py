@@ -106,7 +106,7 @@ def queued(share: float, behind: float) -> float:
     for places, for one turn of as many. What a queue costs is its length times the risk of who
     joins it; this is the slope of that.
     """
-    late = 1 / (1 + exp((1 - share) / ERROR))  # its risk
+    late = risk(share)
     return late + behind * late * (1 - late) / ERROR
 
 
@@ -117,8 +117,7 @@ def made_late(sequences: float, used: float, more: float, allowed: float) -> flo
     """
     if not allowed:
         return 0.0
-    before, after = (1 - used / allowed) / ERROR, (1 - (used + more) / allowed) / ERROR
-    return sequences * (1 / (1 + exp(after)) - 1 / (1 + exp(before)))
+    return sequences * (risk((used + more) / allowed) - risk(used / allowed))
 
 
 def met(tokens: float, tpot: float, limit: float, stall: float) -> float:
