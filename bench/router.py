@@ -137,7 +137,7 @@ def main() -> int:
 def compare(
     name: str, workload: Workload, routers: list[str], peers: Path, processes: int
 ) -> list[Figure]:
-    """Start the routers, warm them, and load one after the other, again and again."""
+    """Start the routers, and load one after the other, again and again."""
     with ExitStack() as stack:
         arms = {
             router: stack.enter_context(
@@ -146,8 +146,6 @@ def compare(
             for router in routers
         }
         rounds: dict[str, list[Round]] = {router: [] for router in arms}
-        for arm in arms.values():
-            _warm(arm, workload)
         for _ in range(workload.rounds):
             for router, arm in arms.items():
                 rounds[router].append(measure(arm, workload))
@@ -162,6 +160,8 @@ def _warm(arm: Arm, workload: Workload) -> None:
 
 
 def measure(arm: Arm, workload: Workload) -> Round:
+    """One round, warm: while the others had theirs, this one's memory left the caches."""
+    _warm(arm, workload)
     load = workload.load(arm.port)
     before = arm.cpu_s()
     done = run_load(load)
