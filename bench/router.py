@@ -9,9 +9,11 @@
 Each router is a process of its own, and so are its workers or engines and the load. All are up at
 once and loaded in turn, a round each, several times: a figure is the median of the rounds, beside
 the least and the most of the CPU time. This is the router's alone, from /proc; requests a second
-and latencies are not. A token of a prompt is 4 bytes. `added` is, at half the rate that the closed
-loop reached, how much later than without a router answers come at the median and at the 99th
-percentile: workers asked straight over the link (bench/router_floor.py), engines over HTTP.
+and latencies are not. Who else uses the machine's host can double it: `loop ms` is the CPU time of
+a fixed loop of Python, just before each round. A token of a prompt is 4 bytes. `added` is, at half
+the rate that the closed loop reached, how much later than without a router answers come at the
+median and at the 99th percentile: workers asked straight over the link (bench/router_floor.py),
+engines over HTTP.
 
 - chat: 1.2 KB, 16 tokens, not streamed; long: 220 KB, 1 token;
 - sse: 1.2 KB, 50 tokens streamed; crowd: 2,000 streams at once at 5 tokens a second.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -85,6 +88,7 @@ WORKLOADS = {
 class Round(msgspec.Struct, frozen=True):
     """What one load on one router cost. CPU times in seconds."""
 
+    loop: float  # of the fixed loop, just before
     done: Loaded
     cpu: float
     added: tuple[float, float] | None  # ms, at the median and the 99th percentile
@@ -105,6 +109,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     errors: int
     reason: str
+    loop_ms: float
     cpu_us: float  # a request
     cpu_us_least: float
     cpu_us_most: float
@@ -162,6 +167,7 @@ def _warm(arm: Arm, workload: Workload) -> None:
 def measure(arm: Arm, workload: Workload) -> Round:
     """One round, warm: while the others had theirs, this one's memory left the caches."""
     _warm(arm, workload)
+    loop = _fixed_loop()
     load = workload.load(arm.port)
     before = arm.cpu_s()
     done = run_load(load)
@@ -171,7 +177,14 @@ def measure(arm: Arm, workload: Workload) -> Round:
         through, floor = run_load(half).latencies, arm.floor(half)
         middle, tail = ((quantile(through, at) - quantile(floor, at)) * 1e3 for at in (0.5, 0.99))
         added = middle, tail
-    return Round(done, cpu, added)
+    return Round(loop, done, cpu, added)
+
+
+def _fixed_loop() -> float:
+    """Seconds of CPU: the same work every time."""
+    begun = time.process_time()
+    sum(number * number for number in range(500_000))
+    return time.process_time() - begun
 
 
 def _figure(router: str, name: str, arm: Arm, rounds: list[Round]) -> Figure:
@@ -186,6 +199,7 @@ def _figure(router: str, name: str, arm: Arm, rounds: list[Round]) -> Figure:
         requests=sum(each.done.requests for each in rounds),
         errors=sum(each.done.errors for each in rounds),
         reason=next((each.done.reason for each in rounds if each.done.errors), ""),
+        loop_ms=median(each.loop for each in rounds) * 1e3,
         cpu_us=median(cpu),
         cpu_us_least=cpu[0],
         cpu_us_most=cpu[-1],
@@ -208,6 +222,7 @@ def _print(figure: Figure, *, head: bool) -> None:
         "router": figure.router,
         "workload": figure.workload,
         "errors": figure.errors,
+        "loop ms": f"{figure.loop_ms:.0f}",
         "CPU µs": f"{figure.cpu_us:.0f}",
         "least-most": f"{figure.cpu_us_least:.0f}-{figure.cpu_us_most:.0f}",
         "per CPU s": f"{figure.per_cpu_s:.0f}",
