@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.batching import Batcher
@@ -114,12 +113,6 @@ def decode_worker(
         process.stdin.close()
         process.wait(10)
         process.stdout.close()
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of all threads of a process, on Linux."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def can_emulate() -> bool:

@@ -27,11 +27,11 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from engine_process import cpu_seconds
 from kv_ends import (
     SECRET,
     Sink,
     can_emulate,
-    cpu_s,
     decode_worker,
     job_of,
     looping,
@@ -97,10 +97,10 @@ async def stream(
     walls, cpus = [], []
     for _ in range(runs + 1):
         async with sender.reserve(job_of([97] * tokens), peer) as lease:
-            begun, busy = time.perf_counter(), time.process_time() + cpu_s(pid)
+            begun, busy = time.perf_counter(), time.process_time() + cpu_seconds([pid])
             await lease.push(computed())
             walls.append(time.perf_counter() - begun)
-            cpus.append(time.process_time() + cpu_s(pid) - busy)
+            cpus.append(time.process_time() + cpu_seconds([pid]) - busy)
     size = lease.bytes_sent
     sender.close()
     wall, cpu = size / median(walls[1:]) / 1e9, size / median(cpus[1:]) / 1e9

@@ -8,11 +8,11 @@
 
 Each router is a process of its own, and so are its workers or engines and the load. All are up at
 once and loaded in turn, a round each, several times: a figure is the median of the rounds, beside
-the least and the most of the CPU time. This is the router's alone, from /proc; requests a second
-and latencies are not. Who else uses the machine's host can double it: `loop ms` is the CPU time of
-a fixed loop of Python, just before each round. A token of a prompt is 4 bytes. `added` is, at half
-the rate that the closed loop reached, how much later than without a router answers come at the
-median and at the 99th percentile: workers asked straight over the link (bench/router_floor.py),
+the least and the most of the CPU time. This is the router's alone, by the kernel's clock; requests
+a second and latencies are not. Who else uses the machine's host can double it: `loop ms` is the CPU
+time of a fixed loop of Python, just before each round. A token of a prompt is 4 bytes. `added` is,
+at half the rate that the closed loop reached, how much later than without a router answers come at
+the median and at the 99th percentile: workers asked straight over the link (bench/router_floor.py),
 engines over HTTP.
 
 - chat: 1.2 KB, 16 tokens, not streamed; long: 220 KB, 1 token;

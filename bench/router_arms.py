@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from urllib.error import URLError
 
 import msgspec
+from engine_process import cpu_seconds
 from msgspec.structs import replace
 from router_floor import Floor
 from router_load import Load, Loaded
@@ -57,9 +58,8 @@ class Arm(ABC):
         return [parent, *(pid for pid, line in lines.items() if b"--sibling" in line)]
 
     def cpu_s(self) -> float:
-        """What the router has used, to the microsecond: of every thread that lives."""
-        threads = [path for pid in self.routers for path in Path(f"/proc/{pid}/task").iterdir()]
-        return sum(int((each / "schedstat").read_text().split()[0]) for each in threads) / 1e9
+        """What the router has used."""
+        return cpu_seconds(self.routers)
 
     def rss_mb(self) -> float:
         pages = [Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in self.routers]
